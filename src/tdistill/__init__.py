@@ -1,0 +1,1 @@
+"""tdistill: temporal-difference distillation on the teacher's reduced action space."""

@@ -1,0 +1,120 @@
+"""The reduced action space: top-p sets of the teacher's next-token distribution (method: arXiv 2505.20335, §3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdistill.errors import ProbabilityRangeError
+from tdistill.types import ActionSets
+
+# First guess for the number of candidates to sort; rows that need more are sorted again, alone, 8 times wider.
+_FIRST_WIDTH = 64
+_WIDENING = 8
+
+
+def check_p(p: float, name: str = "p") -> None:
+    """Raise ProbabilityRangeError unless 0 < p <= 1."""
+    if not 0.0 < p <= 1.0:
+        raise ProbabilityRangeError(f"{name} = {p} is outside (0, 1]. Use a probability such as 0.8, or 1 for all.")
+
+
+def top_p_sets(logits_NV: Tensor, p: float, max_actions: int | None = None, temperature: float = 1.0) -> ActionSets:
+    """Smallest sets of tokens, by falling probability, whose mass reaches p.
+
+    A_p(s) = {a_1 … a_k}, k = min{j : Σ_{i≤j} π(a_i|s) ≥ p}, probabilities falling, ties by lower token id first.
+    Source: arXiv 2505.20335, §3 (top-p candidate set).
+    Differs from the source: the tie rule is fixed, and ``max_actions`` may cut a set.
+
+    Args:
+        logits_NV: teacher logits, float [N, V]; ``-inf`` marks tokens of probability 0.
+        p: target mass, in (0, 1]. p = 1 lists every token of the vocabulary.
+        max_actions: cap on the size of a set, or None.
+        temperature: logits are divided by it first.
+    Returns:
+        :class:`ActionSets` of N states. ``covered_mass`` is Z(s), which is below p where the cap cut the set.
+        Masses are summed in float64; log-probabilities are computed in float32, or float64 for float64 logits.
+    Raises:
+        ProbabilityRangeError: p outside (0, 1].
+    """
+    check_p(p)
+    work = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    if temperature != 1.0:
+        work = work / temperature
+    num_rows, num_tokens = work.shape
+    lse_N = torch.logsumexp(work, dim=-1)
+    cap = num_tokens if max_actions is None else min(max_actions, num_tokens)
+
+    pending = torch.arange(num_rows, device=work.device)
+    width = num_tokens if p == 1.0 else min(_FIRST_WIDTH, num_tokens)
+    row_parts, id_parts, log_prob_parts = [], [], []
+    while len(pending) or not row_parts:  # one round even for no rows: it gives the empty parts their dtypes
+        values, ids = torch.topk(work[pending], width, dim=-1, sorted=False)
+        # Ascending ids first, then a stable sort by value: equal values stay in order of their ids.
+        ids, order = torch.sort(ids, dim=-1)
+        values, order = torch.sort(values.gather(-1, order), dim=-1, descending=True, stable=True)
+        ids = ids.gather(-1, order)
+        log_probs = values - lse_N[pending, None]
+        mass = log_probs.double().exp().cumsum(-1)
+        size = (mass < p).sum(-1).add(1).clamp(max=cap) if p < 1.0 else torch.full_like(pending, cap)
+        # Among values equal to the smallest one kept by topk, topk chose arbitrarily: such a row must be widened.
+        last = size.clamp(max=width).sub(1)
+        settled = (size <= width) & (values.gather(-1, last[:, None]).squeeze(-1) > values[:, -1])
+        if width == num_tokens:
+            settled, size = torch.ones_like(settled), size.clamp(max=num_tokens)
+        keep = settled[:, None] & (torch.arange(width, device=work.device) < size[:, None])
+        row_parts.append(pending[:, None].expand_as(keep)[keep])
+        id_parts.append(ids[keep])
+        log_prob_parts.append(log_probs[keep])
+        pending, width = pending[~settled], min(width * _WIDENING, num_tokens)
+
+    rows, ids, log_probs = torch.cat(row_parts), torch.cat(id_parts), torch.cat(log_prob_parts)
+    order = torch.argsort(rows, stable=True)  # rows settled in different rounds go back to their places
+    log_probs_M = log_probs[order].cpu().numpy()
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows.cpu().numpy(), minlength=num_rows))]).astype(np.int64)
+    covered = np.add.reduceat(np.exp(log_probs_M.astype(np.float64)), offsets[:-1]) if num_rows else np.zeros(0)
+    return ActionSets(
+        offsets=offsets,
+        ids=ids[order].cpu().numpy().astype(np.int32),
+        log_probs=log_probs_M,
+        covered_mass=np.minimum(covered, 1.0).astype(np.float32),
+        log_sum_exp=lse_N.cpu().numpy(),
+    )
+
+
+def sample_from_sets(sets: ActionSets, uniform_N: np.ndarray) -> np.ndarray:
+    """Draw one token per state from proj_p π, by inverting the cumulative distribution at a given uniform number.
+
+    proj_p π(a|s) = π(a|s)·1[a ∈ A_p(s)] / Z(s).  Source: arXiv 2505.20335, §3.
+
+    Args:
+        sets: action sets of N states.
+        uniform_N: float64 [N], in [0, 1).
+    Returns:
+        int64 [N] token ids.
+    """
+    taken = np.empty(len(sets), dtype=np.int64)
+    for row, (start, stop) in enumerate(zip(sets.offsets[:-1], sets.offsets[1:], strict=True)):
+        mass = np.cumsum(np.exp(sets.log_probs[start:stop].astype(np.float64)))
+        slot = int(np.searchsorted(mass, uniform_N[row] * mass[-1], side="right"))
+        taken[row] = sets.ids[start + min(slot, stop - start - 1)]
+    return taken
+
+
+def nested_sizes(sets: ActionSets, p: float) -> np.ndarray:
+    """Sizes of the sets A_p inside stored sets A_{p_max}, p <= p_max: sets nest, so each is a prefix.
+
+    Computed from the stored log-probabilities, so the size can differ by one from the set of the exact
+    probabilities where the cumulative mass lies within the store's rounding of p.
+
+    Returns:
+        int64 [R], at least 1 where the stored set is not empty.
+    """
+    check_p(p)
+    mass = np.cumsum(np.exp(sets.log_probs.astype(np.float64)))
+    before = np.concatenate([[0.0], mass])[sets.offsets[:-1]]
+    # A slot belongs to A_p when the mass of the slots before it is below p.
+    mass_before_M = mass - np.exp(sets.log_probs.astype(np.float64)) - np.repeat(before, np.diff(sets.offsets))
+    inside = np.concatenate([[0], np.cumsum(mass_before_M < p)])
+    return inside[sets.offsets[1:]] - inside[sets.offsets[:-1]]

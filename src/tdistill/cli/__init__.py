@@ -1,0 +1,1 @@
+"""Command line: one verb per stage of a run."""

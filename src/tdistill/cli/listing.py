@@ -1,0 +1,44 @@
+"""What there is: objectives, recipes, runs."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from tdistill.errors import ConfigError, did_you_mean
+from tdistill.objectives import OBJECTIVES
+
+
+def listing(what: str, folder: Path | None = None) -> list[dict[str, str]]:
+    """Rows of names and facts.
+
+    Args:
+        what: ``objectives``, ``recipes`` or ``runs``.
+        folder: where to look for recipes (default ``recipes``) or runs (default ``runs``).
+    Raises:
+        ConfigError: nothing of that name can be listed.
+    """
+    kinds = {"objectives": _objectives, "recipes": _recipes, "runs": _runs}
+    if what not in kinds:
+        raise ConfigError(f"Cannot list '{what}'.{did_you_mean(what, kinds)}")
+    return kinds[what](folder)
+
+
+def _objectives(folder: Path | None) -> list[dict[str, str]]:
+    rows = []
+    for name, cls in sorted(OBJECTIVES.items()):
+        settings = [f"{f.name}={f.default}" for f in fields(cls) if f.default is not MISSING]
+        rows.append({"name": name, "minimises": (cls.__doc__ or "").splitlines()[0], "settings": " ".join(settings)})
+    return rows
+
+
+def _recipes(folder: Path | None) -> list[dict[str, str]]:
+    return [{"path": str(path)} for path in sorted((folder or Path("recipes")).glob("**/*.yaml"))]
+
+
+def _runs(folder: Path | None) -> list[dict[str, str]]:
+    rows = []
+    for recipe in sorted((folder or Path("runs")).glob("*/recipe.yaml")):
+        done = (recipe.parent / "report.html").is_file()
+        rows.append({"path": str(recipe.parent), "state": "finished" if done else "unfinished"})
+    return rows

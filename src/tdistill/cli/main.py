@@ -1,0 +1,173 @@
+"""The ``tdistill`` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tdistill.errors import TDistillError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a language model into a smaller one by temporal-difference imitation learning on the teacher's "
+    "reduced action space.",
+)
+check = typer.Typer(no_args_is_help=True, help="Check stores and captures.")
+app.add_typer(check, name="check")
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has complete ones.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: capture.p_max=0.9 output=runs/mine", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+DEMO_RECIPE = Path(__file__).parent.parent / "demo" / "recipe.yaml"
+
+
+def _say(line: str) -> None:
+    typer.echo(f"tdistill: {line}", err=True)
+
+
+def _stage(recipe: Path, overrides: list[str] | None, dry_run: bool, work: Callable[[Any], None]) -> None:
+    from tdistill.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
+    from tdistill.pipeline import Run
+
+    work(Run(resolved, _say))
+
+
+def _print_results(run: Any) -> None:
+    from tdistill.reports.load import load_run
+    from tdistill.reports.tables import terminal_table
+
+    typer.echo(terminal_table(load_run(run.folder)))
+
+
+def _whole_run(run: Any) -> None:
+    report = run.run()
+    _print_results(run)
+    student = run.folder / "student"
+    typer.echo(f"\nReport: {report}\nStudent: {student}. To load it:\n")
+    typer.echo("    from transformers import pipeline")
+    typer.echo(f'    pipe = pipeline("text-generation", model="{student}")')
+
+
+@app.command()
+def demo(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Distil SmolLM2-135M-Instruct into half of its layers, on the packaged prompts (10 minutes on 2 cores)."""
+    _stage(DEMO_RECIPE, overrides, dry_run, _whole_run)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Capture, train, evaluate and report; started again it goes on where it stopped."""
+    _stage(recipe, overrides, dry_run, _whole_run)
+
+
+@app.command()
+def capture(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Ask the teacher once: write the stores, and the student's start if it is made from the teacher."""
+    _stage(recipe, overrides, dry_run, lambda run: run.capture())
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train every phase on finished stores; the teacher is not needed."""
+    _stage(recipe, overrides, dry_run, lambda run: run.train())
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Measure teacher, start and trained phases on the held-out split."""
+
+    def work(run: Any) -> None:
+        run.evaluate()
+        _print_results(run)
+
+    _stage(recipe, overrides, dry_run, work)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+) -> None:
+    """Write report.html and the model card again from a run's JSON files."""
+    from tdistill.reports.card import write_model_card
+    from tdistill.reports.html import write_report
+
+    write_model_card(folder)
+    typer.echo(str(write_report(folder)))
+
+
+@check.command("store")
+def check_store(
+    path: Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Check a store against every rule of docs/store-format.md."""
+    from tdistill.store import Store, verify_store
+
+    problems = verify_store(path)
+    if not problems:
+        store = Store.open(path, verify=False)
+        facts = {"answers": len(store), "response_tokens": store.total_response_tokens, "p_max": store.p_max}
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), "problems": problems} | ({} if problems else facts)))
+    else:
+        typer.echo(
+            "\n".join(problems) if problems else f"{path}: whole; " + ", ".join(f"{k} {v}" for k, v in facts.items())
+        )
+    raise typer.Exit(7 if problems else 0)
+
+
+@check.command("batches")
+def check_batches(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure which share of the teacher's answers changes with the batch size (sums of floats do)."""
+    from tdistill.config import load_recipe
+    from tdistill.pipeline import batch_size_effect
+
+    effect = batch_size_effect(load_recipe(recipe, overrides or []))
+    typer.echo(json.dumps(effect) if as_json else "\n".join(f"{key}: {value}" for key, value in effect.items()))
+
+
+@app.command("ls")
+def list_known(
+    what: Annotated[str, typer.Argument(help="objectives, recipes or runs")] = "objectives",
+    folder: Annotated[Path | None, typer.Option(help="Where to look for recipes or runs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List objectives with their settings, recipes, or runs."""
+    from tdistill.cli.listing import listing
+
+    rows = listing(what, folder)
+    typer.echo(json.dumps(rows) if as_json else "\n".join("  ".join(row.values()) for row in rows))
+
+
+def main() -> None:
+    """Run the command; a known error is one message and its exit code, an interruption says how to go on."""
+    from transformers import logging as transformers_logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="torch.*")
+    try:
+        app()
+    except TDistillError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; the same command goes on from here", err=True)
+        sys.exit(130)

@@ -1,0 +1,226 @@
+"""Distance between teacher and student over the full vocabulary, on given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError
+from tdistill.evaluation.batching import length_sorted, measured, pad
+from tdistill.types import Trajectory
+
+# Positions whose float32 distributions are held at once, per model.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class TokenTotals:
+    """Sums over the tokens of each answer, in the order of the answers; every array is float64 [answers].
+
+    Attributes:
+        num_tokens: response tokens.
+        kl_teacher_student: Σ_t KL(π*‖π_Q)(s_t), nats.
+        nll: −Σ_t log π_Q(a_t|s_t), nats.
+        nll_teacher: −Σ_t log π*(a_t|s_t), nats: the teacher's own loss.
+        agreement_top1: positions where student and teacher have the same likeliest token.
+        mass_outside_set: Σ_t of the student's mass off the stored set; None when the store lists no sets (p_max = 1).
+    """
+
+    num_tokens: np.ndarray
+    kl_teacher_student: np.ndarray
+    nll: np.ndarray
+    nll_teacher: np.ndarray
+    agreement_top1: np.ndarray
+    mass_outside_set: np.ndarray | None
+
+
+def divergences(
+    teacher: PreTrainedModel,
+    students: Mapping[str, PreTrainedModel],
+    trajectories: Sequence[Trajectory],
+    *,
+    vocab_size: int,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    progress: bool = False,
+) -> dict[str, TokenTotals]:
+    """Sum divergences and losses over the tokens of held-out answers, for all students in one pass of the teacher.
+
+    KL(π*‖π_Q)(s) = Σ_{a<V} π*(a|s) (log π*(a|s) − log π_Q(a|s)), both softmaxes over the first V tokens.
+
+    Log-softmax is computed in float32 on blocks of positions. A batch holds the logits of its longest response once in
+    float32 for the teacher and once for the student at hand: batch_size · T · V numbers each.
+
+    Args:
+        teacher: causal language model.
+        students: name → model. The teacher itself may be among them: it is not run again.
+        trajectories: prompts with answers; only the states before response tokens count.
+        vocab_size: V, tokens of the tokenizer. Output matrices may be padded to different sizes beyond it.
+        batch_size: answers of one forward pass.
+        temperature: logits of both are divided by it.
+        progress: show a bar with tokens per second.
+    Returns:
+        Student name → :class:`TokenTotals`.
+    Raises:
+        TokenizerMismatchError: a model has fewer than V tokens.
+        ModelLogitsError: a model's loss is NaN or infinite; names the model and the prompt.
+    """
+    totals = {name: {field.name: np.zeros(len(trajectories)) for field in fields(TokenTotals)} for name in students}
+    has_sets = any(len(trajectory.sets.ids) for trajectory in trajectories)
+    pairs = [(trajectory.prompt_ids, trajectory.response_ids) for trajectory in trajectories]
+    with tqdm(total=sum(len(r) for _, r in pairs), desc="divergences", unit="token", disable=not progress) as bar:
+        for batch in length_sorted([len(prompt) + len(response) for prompt, response in pairs], batch_size):
+            chosen = [pairs[index] for index in batch]
+            taken_N = torch.from_numpy(np.concatenate([response for _, response in chosen]).astype(np.int64))
+            answer_N = np.repeat(batch, [len(response) for _, response in chosen])
+            row_M, id_M = _set_slots([trajectories[index] for index in batch])
+            teacher_NV = _log_probs(teacher, chosen, vocab_size, temperature, "teacher")
+            for name, student in students.items():
+                student_NV = (
+                    teacher_NV if student is teacher else _log_probs(student, chosen, vocab_size, temperature, name)
+                )
+                rows = _token_values(teacher_NV, student_NV, taken_N)
+                rows["mass_outside_set"] = _mass_outside(student_NV, row_M, id_M)
+                for quantity, value_N in rows.items():
+                    _add_by_answer(totals[name][quantity], answer_N, value_N)
+            bar.update(len(taken_N))
+    prompt_names = [f"prompt '{trajectory.prompt_id}'" for trajectory in trajectories]
+    for name, total in totals.items():
+        _require_finite(total["nll_teacher"], "teacher", prompt_names)
+        _require_finite(total["nll"] + total["kl_teacher_student"], name, prompt_names)
+    complete = {name: TokenTotals(**total) for name, total in totals.items()}
+    return complete if has_sets else {name: replace(of, mass_outside_set=None) for name, of in complete.items()}
+
+
+def teacher_loss_on(
+    teacher: PreTrainedModel,
+    prompts_ids: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    *,
+    vocab_size: int,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    progress: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood under the teacher of answers that somebody else gave.
+
+    −Σ_t log π*(a_t|s_t).  An estimate of the cross-entropy of the student's sampling policy against the teacher.
+
+    Args:
+        teacher: causal language model.
+        prompts_ids: int [P] each.
+        answers: int [T] each, one per prompt.
+        vocab_size: tokens of the tokenizer.
+        batch_size: as in :func:`divergences`.
+        temperature: as in :func:`divergences`.
+        progress: label of a progress bar, or None.
+    Returns:
+        Sums, nats, and counts of tokens, both float64 [answers].
+    """
+    pairs = list(zip(prompts_ids, answers, strict=True))
+    sums = np.zeros(len(pairs))
+    counts = np.array([len(answer) for answer in answers], dtype=np.float64)
+    with tqdm(total=int(counts.sum()), desc=progress, unit="token", disable=progress is None) as bar:
+        for batch in length_sorted([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
+            chosen = [pairs[index] for index in batch]
+            taken_N = torch.from_numpy(np.concatenate([answer for _, answer in chosen]).astype(np.int64))
+            log_probs_NV = _log_probs(teacher, chosen, vocab_size, temperature, "teacher")
+            taken_log_probs = log_probs_NV.gather(1, taken_N.to(log_probs_NV.device)[:, None]).squeeze(1)
+            _add_by_answer(sums, np.repeat(batch, [len(answer) for _, answer in chosen]), -taken_log_probs)
+            bar.update(len(taken_N))
+    _require_finite(sums, "teacher", [f"answer {index}" for index in range(len(pairs))])
+    return sums, counts
+
+
+def _log_probs(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    vocab_size: int,
+    temperature: float,
+    name: str,
+) -> Tensor:
+    """Float32 log-probabilities [N, V] at the states before each response token, answers one after another."""
+    if any(len(prompt) == 0 for prompt, _ in pairs):
+        raise DataFileError("A prompt has no tokens, so its answer's first token has no state. Remove that prompt.")
+    ids, mask = pad([np.concatenate(pair) for pair in pairs], pad_token_id=0, side="right")
+    first = min(len(prompt) for prompt, _ in pairs) - 1
+    with measured(model):
+        logits_BTV = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_to_keep=torch.arange(first, ids.shape[1] - 1, device=model.device),
+            use_cache=False,
+        ).logits
+        if logits_BTV.shape[-1] < vocab_size:
+            raise TokenizerMismatchError(
+                f"Model '{name}' has {logits_BTV.shape[-1]} output tokens, fewer than the tokenizer's {vocab_size}. "
+                "Load the tokenizer that it was trained with."
+            )
+        num_rows = sum(len(response) for _, response in pairs)
+        log_probs_NV = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits_BTV.device)
+        row = 0
+        for logits_TV, (prompt, response) in zip(logits_BTV, pairs, strict=True):
+            states_TV = logits_TV[len(prompt) - 1 - first :][: len(response), :vocab_size]
+            for chunk in states_TV.split(_CHUNK):
+                log_probs_NV[row : row + len(chunk)] = torch.log_softmax(chunk.float() / temperature, dim=-1)
+                row += len(chunk)
+    return log_probs_NV
+
+
+def _token_values(teacher_NV: Tensor, student_NV: Tensor, taken_N: Tensor) -> dict[str, Tensor]:
+    """Per-token quantities [N] from two tables of log-probabilities."""
+    student_NV = student_NV.to(teacher_NV.device)
+    taken_N1 = taken_N.to(teacher_NV.device)[:, None]
+    kl_parts, agreement_parts = [], []
+    for teacher_CV, student_CV in zip(teacher_NV.split(_CHUNK), student_NV.split(_CHUNK), strict=True):
+        probs_CV = teacher_CV.exp()
+        # A token that the teacher excludes (log-probability −∞) adds nothing: 0 · log 0 = 0.
+        kl_parts.append((probs_CV * (teacher_CV - student_CV)).masked_fill_(probs_CV == 0, 0.0).sum(-1))
+        agreement_parts.append(teacher_CV.argmax(-1) == student_CV.argmax(-1))
+    return {
+        "num_tokens": torch.ones(len(taken_N)),
+        "kl_teacher_student": torch.cat(kl_parts),
+        "nll": -student_NV.gather(1, taken_N1).squeeze(1),
+        "nll_teacher": -teacher_NV.gather(1, taken_N1).squeeze(1),
+        "agreement_top1": torch.cat(agreement_parts),
+    }
+
+
+def _set_slots(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the packed answers and token id of every slot of the sets before response tokens, both int64 [M]."""
+    rows, ids, base = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for trajectory in trajectories:
+        num_states = len(trajectory.response_ids)
+        offsets = trajectory.sets.offsets[: num_states + 1]
+        rows.append(base + np.repeat(np.arange(num_states), np.diff(offsets)))
+        ids.append(trajectory.sets.ids[: offsets[-1]].astype(np.int64))
+        base += num_states
+    return np.concatenate(rows), np.concatenate(ids)
+
+
+def _mass_outside(student_NV: Tensor, row_M: np.ndarray, id_M: np.ndarray) -> Tensor:
+    device = student_NV.device
+    inside_M = student_NV[torch.from_numpy(row_M).to(device), torch.from_numpy(id_M).to(device)].exp()
+    inside_N = torch.zeros(len(student_NV), dtype=torch.float64).index_add_(
+        0, torch.from_numpy(row_M), inside_M.cpu().double()
+    )
+    return (1.0 - inside_N).clamp_(min=0.0)
+
+
+def _add_by_answer(total: np.ndarray, answer_N: np.ndarray, value_N: Tensor) -> None:
+    # float64 on the host: some accelerators have none.
+    total += np.bincount(answer_N, weights=value_N.cpu().double().numpy(), minlength=len(total))
+
+
+def _require_finite(sums: np.ndarray, model: str, names: Sequence[str]) -> None:
+    if not np.isfinite(sums).all():
+        raise ModelLogitsError(
+            f"Model '{model}' gives NaN or an infinite loss on {names[int(np.argmin(np.isfinite(sums)))]}. "
+            "If it was trained in this run, lower the learning rate; otherwise load it in float32."
+        )

@@ -1,0 +1,372 @@
+"""Everything that is measured about a teacher and its students on one held-out set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError, did_you_mean
+from tdistill.evaluation.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_mean_difference,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+)
+from tdistill.evaluation.divergence import TokenTotals, divergences, teacher_loss_on
+from tdistill.evaluation.generation import SampledAnswer, sample_answers
+from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results, ShownAnswers
+from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
+from tdistill.evaluation.text import distinct_bigrams
+from tdistill.types import Trajectory
+
+_log = logging.getLogger(__name__)
+
+TEACHER = "teacher"
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    prompt_id: str
+    prompt_ids: np.ndarray
+    stored: list[SampledAnswer]
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What every record of one evaluation shares."""
+
+    split: str
+    num_prompts: int
+    seed: int
+
+    def record(self, metric: str, subject: str, interval: Interval, **fields: object) -> Result:
+        unit, higher_is_better = METRICS[metric]
+        shared = {"split": self.split, "num_items": self.num_prompts, "level": _LEVEL, "unit": unit}
+        measured = {"metric": metric, "subject": subject, **interval._asdict(), "higher_is_better": higher_is_better}
+        return Result.model_validate({**shared, **measured, **fields})
+
+
+def evaluate(
+    subjects: Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[Trajectory],
+    references: Mapping[str, Sequence[str]] | None,
+    *,
+    end_token_ids: Sequence[int],
+    settings: EvaluationSettings,
+    split: str = "held_out",
+    progress: bool = True,
+) -> Results:
+    """Measure the teacher and its students on held-out prompts.
+
+    Every interval is over prompts. On the stored teacher answers: divergence, losses, agreement, mass off the set, and
+    the share of the gap that a student closed. On sampled answers: Rouge-L, distinct-2, length, termination, and the
+    teacher's loss on them. Of the model itself: decoding speed, parameters, bytes.
+
+    Args:
+        subjects: name → student; ``teacher`` is added by itself.
+        teacher: the model that the trajectories come from.
+        tokenizer: shared by all; its length is the vocabulary that is compared.
+        held_out: trajectories of prompts that no student was trained on.
+        references: prompt id → texts written by people, or None: then Rouge-L is against the teacher's answers only.
+        end_token_ids: any of these ends an answer.
+        settings: :class:`EvaluationSettings`.
+        split: name of the prompt set, written into every record.
+        progress: show bars with tokens per second.
+    Raises:
+        EmptyPromptSetError: no trajectory.
+        ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model.
+        DataFileError: a prompt has no reference.
+        TokenizerMismatchError: a model has fewer output tokens than the tokenizer.
+        ModelLogitsError: a model returns NaN; names it.
+    """
+    models = {TEACHER: teacher, **subjects}
+    _check(models, teacher, held_out, references, settings)
+    prompts = _group(held_out)
+    scope = _Scope(split, len(prompts), settings.bootstrap_seed)
+    vocab_size = len(tokenizer)
+
+    totals = divergences(
+        teacher,
+        models,
+        held_out,
+        vocab_size=vocab_size,
+        batch_size=settings.batch_size,
+        temperature=settings.temperature,
+        progress=progress,
+    )
+    position = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
+    prompt_of = np.array([position[trajectory.prompt_id] for trajectory in held_out])
+
+    def by_prompt(values: np.ndarray) -> np.ndarray:
+        return np.bincount(prompt_of, weights=values, minlength=len(prompts))
+
+    answers = {
+        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, progress)
+        for name, model in models.items()
+        if name != TEACHER or settings.teacher_seeds
+    }
+    seeds = {name: settings.teacher_seeds if name == TEACHER else settings.seeds for name in models}
+    stored = [prompt.stored for prompt in prompts]
+
+    def text(answer: SampledAnswer) -> str:
+        return str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+
+    given = {t.prompt_id for t in held_out if t.source == "given"}
+    note = "The held-out answers were given, not sampled from the teacher." if given else None
+    scores = {"rouge_l_teacher": _rouge(answers, [[text(a) for a in prompt.stored] for prompt in prompts], text)}
+    if references is not None:
+        with_stored = {TEACHER: stored, **answers}
+        scores["rouge_l"] = _rouge(with_stored, [list(references[prompt.prompt_id]) for prompt in prompts], text)
+
+    records: list[Result] = []
+    for name, model in models.items():
+        records += _divergence_records(scope, name, totals[name], by_prompt, note)
+        records += _gap_closed(scope, name, totals, by_prompt, settings.start)
+        is_stored = name not in answers
+        stored_note = "Stored answers, as they were captured." if is_stored else None
+        records += [
+            scope.record(
+                metric,
+                name,
+                bootstrap_mean(of[name], scope.seed),
+                seeds=seeds[name],
+                note=stored_note or (note if metric == "rouge_l_teacher" else None),
+            )
+            for metric, of in scores.items()
+            if name in of
+        ]
+        records += _answer_records(scope, name, stored if is_stored else answers[name], seeds[name], stored_note)
+        if not is_stored:
+            flat = [(prompt, answer) for prompt, row in zip(prompts, answers[name], strict=True) for answer in row]
+            sums, counts = teacher_loss_on(
+                teacher,
+                [prompt.prompt_ids for prompt, _ in flat],
+                [answer.token_ids for _, answer in flat],
+                vocab_size=vocab_size,
+                batch_size=settings.batch_size,
+                temperature=settings.temperature,
+                progress=f"teacher on {name}" if progress else None,
+            )
+            shape = (len(prompts), -1)
+            loss = bootstrap_ratio(sums.reshape(shape), counts.reshape(shape), scope.seed)
+            records.append(scope.record("teacher_nll_on_student_answers", name, loss, seeds=seeds[name]))
+        records += _cost_records(scope, name, model, [prompt.prompt_ids for prompt in prompts], settings.speed_tokens)
+    for subject, against in dict.fromkeys(settings.compare):
+        records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds)
+    shown = [
+        ShownAnswers(
+            prompt_id=prompt.prompt_id,
+            prompt=str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)),
+            answers={
+                TEACHER: text(prompt.stored[0]),
+                **{name: text(rows[index][0]) for name, rows in answers.items() if name != TEACHER},
+            },
+        )
+        for index, prompt in enumerate(prompts[: settings.num_shown_prompts])
+    ]
+    return Results(settings=settings, records=tuple(records), answers=tuple(shown))
+
+
+def _check(
+    models: Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel,
+    held_out: Sequence[Trajectory],
+    references: Mapping[str, Sequence[str]] | None,
+    settings: EvaluationSettings,
+) -> None:
+    if not held_out:
+        raise EmptyPromptSetError(
+            "There is no held-out trajectory to evaluate on. Capture at least one held-out prompt."
+        )
+    if models[TEACHER] is not teacher:
+        raise ConfigError(f"A subject is called '{TEACHER}' but is another model than the teacher. Rename it.")
+    for pair in settings.compare:
+        for name in pair:
+            if name not in models:
+                raise ConfigError(
+                    f"compare names the subject '{name}', which is not evaluated.{did_you_mean(name, models)}"
+                )
+    for trajectory in held_out:
+        if references is not None and not references.get(trajectory.prompt_id):
+            raise DataFileError(
+                f"Held-out prompt '{trajectory.prompt_id}' has no reference answer. Add one, or give no references."
+            )
+
+
+def _group(held_out: Sequence[Trajectory]) -> list[_Prompt]:
+    """Prompts in order of first appearance, each with its stored answers."""
+    prompts: dict[str, _Prompt] = {}
+    for trajectory in held_out:
+        prompt = prompts.setdefault(
+            trajectory.prompt_id, _Prompt(trajectory.prompt_id, trajectory.prompt_ids, stored=[])
+        )
+        prompt.stored.append(SampledAnswer(trajectory.response_ids, trajectory.ends == "terminal"))
+    return list(prompts.values())
+
+
+def _sample(
+    name: str,
+    model: PreTrainedModel,
+    prompts: Sequence[_Prompt],
+    end_token_ids: Sequence[int],
+    vocab_size: int,
+    settings: EvaluationSettings,
+    progress: bool,
+) -> list[list[SampledAnswer]]:
+    """Answers by prompt, inside it by seed."""
+    by_seed = [
+        sample_answers(
+            model,
+            [prompt.prompt_ids for prompt in prompts],
+            end_token_ids=end_token_ids,
+            vocab_size=vocab_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=seed,
+            batch_size=settings.batch_size,
+            progress=f"{name}, seed {seed}" if progress else None,
+        )[0]
+        for seed in (settings.teacher_seeds if name == TEACHER else settings.seeds)
+    ]
+    return [list(row) for row in zip(*by_seed, strict=True)]
+
+
+def _rouge(
+    answers: Mapping[str, Sequence[Sequence[SampledAnswer]]],
+    references: Sequence[Sequence[str]],
+    text: Callable[[SampledAnswer], str],
+) -> dict[str, np.ndarray]:
+    """Subject → Rouge-L F1 [prompts], averaged over the answers of each prompt."""
+    return {
+        name: np.array(
+            [
+                np.mean([rouge_l(text(answer), texts) for answer in row])
+                for row, texts in zip(rows, references, strict=True)
+            ]
+        )
+        for name, rows in answers.items()
+    }
+
+
+def _divergence_records(
+    scope: _Scope, name: str, total: TokenTotals, by_prompt: Callable[[np.ndarray], np.ndarray], note: str | None
+) -> list[Result]:
+    per_token = {
+        "kl_teacher_student": total.kl_teacher_student,
+        "nll_teacher_answers": total.nll,
+        "agreement_top1": total.agreement_top1,
+        "mass_outside_set": total.mass_outside_set,
+    }
+    counts = by_prompt(total.num_tokens)
+    return [
+        scope.record(metric, name, bootstrap_ratio(by_prompt(sums), counts, scope.seed), note=note)
+        for metric, sums in per_token.items()
+        if sums is not None
+    ]
+
+
+def _gap_closed(
+    scope: _Scope,
+    name: str,
+    totals: Mapping[str, TokenTotals],
+    by_prompt: Callable[[np.ndarray], np.ndarray],
+    start: str,
+) -> list[Result]:
+    """Share of the start's excess loss that a student lost: (L_start − L_student) / (L_start − L_teacher).
+
+    L is the loss on the held-out teacher answers; all three are over the same tokens, so their number cancels.
+    """
+    if name in (TEACHER, start) or start not in totals:
+        return []
+    gap = by_prompt(totals[start].nll - totals[start].nll_teacher)
+    if gap.sum() <= 0:
+        _log.warning("gap_closed of %s is not recorded: the loss of %s is not above the teacher's.", name, start)
+        return []
+    interval, note = bootstrap_ratio(by_prompt(totals[start].nll - totals[name].nll), gap, scope.seed), None
+    low = bootstrap_mean(gap, scope.seed).low
+    if low is not None and low <= 0:
+        interval = Interval(interval.value, None, None)
+        note = f"No interval: that {start} has a higher loss than the teacher is itself not certain."
+    return [scope.record("gap_closed", name, interval, note=note)]
+
+
+def _answer_records(
+    scope: _Scope, name: str, rows: Sequence[Sequence[SampledAnswer]], seeds: tuple[int, ...], note: str | None
+) -> list[Result]:
+    lengths = [float(np.mean([len(answer.token_ids) for answer in row])) for row in rows]
+    terminated = [float(np.mean([answer.terminated for answer in row])) for row in rows]
+    intervals = {
+        "response_length": bootstrap_mean(lengths, scope.seed),
+        "terminated_share": bootstrap_mean(terminated, scope.seed),
+    }
+    bigrams = np.array([np.sum([distinct_bigrams(answer.token_ids) for answer in row], axis=0) for row in rows])
+    if bigrams[:, 1].any():
+        intervals["distinct_2"] = bootstrap_ratio(bigrams[:, 0], bigrams[:, 1], scope.seed)
+    return [scope.record(metric, name, interval, seeds=seeds, note=note) for metric, interval in intervals.items()]
+
+
+def _cost_records(
+    scope: _Scope, name: str, model: PreTrainedModel, prompts_ids: list[np.ndarray], speed_tokens: int
+) -> list[Result]:
+    parameters, size = float(num_parameters(model)), float(weights_bytes(model))
+    exact = {"level": None, "num_items": 1}
+    return [
+        scope.record(
+            "decode_tokens_per_s",
+            name,
+            decode_speed(model, prompts_ids, speed_tokens),
+            level=None,
+            num_items=3,
+            note=f"Greedy, batch 1, {speed_tokens} tokens, {model.device.type}. Low and high: slowest and fastest run.",
+        ),
+        scope.record("num_parameters", name, Interval(parameters, parameters, parameters), **exact),
+        scope.record("weights_bytes", name, Interval(size, size, size), note=f"In {model.dtype}.", **exact),
+    ]
+
+
+def _differences(
+    scope: _Scope,
+    subject: str,
+    against: str,
+    totals: Mapping[str, TokenTotals],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    by_prompt: Callable[[np.ndarray], np.ndarray],
+    seeds: tuple[int, ...],
+) -> list[Result]:
+    """Paired differences subject − against over the same prompts."""
+    a, b = totals[subject], totals[against]
+    counts = by_prompt(a.num_tokens)
+    per_token = {
+        "kl_teacher_student": (a.kl_teacher_student, b.kl_teacher_student),
+        "nll_teacher_answers": (a.nll, b.nll),
+    }
+    records = [
+        scope.record(
+            metric,
+            subject,
+            bootstrap_ratio_difference(by_prompt(x), counts, by_prompt(y), counts, scope.seed),
+            against=against,
+        )
+        for metric, (x, y) in per_token.items()
+    ]
+    return records + [
+        scope.record(
+            metric,
+            subject,
+            bootstrap_mean_difference(of[subject], of[against], scope.seed),
+            against=against,
+            seeds=seeds,
+        )
+        for metric, of in scores.items()
+        if subject in of and against in of
+    ]

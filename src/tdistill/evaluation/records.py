@@ -1,0 +1,148 @@
+"""The one record type that evaluation writes, and the artifact that holds the records."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from tdistill.errors import DataFileError
+
+
+class Metric(NamedTuple):
+    """Unit of a metric and whether more is better; None where neither direction is, and the teacher's own value is."""
+
+    unit: str
+    higher_is_better: bool | None
+
+
+METRICS = {
+    "kl_teacher_student": Metric("nats/token", False),
+    "nll_teacher_answers": Metric("nats/token", False),
+    "agreement_top1": Metric("share", True),
+    "mass_outside_set": Metric("share", False),
+    "gap_closed": Metric("share", True),
+    "rouge_l_teacher": Metric("F1", True),
+    "rouge_l": Metric("F1", True),
+    "distinct_2": Metric("share", None),
+    "response_length": Metric("tokens", None),
+    "terminated_share": Metric("share", None),
+    "teacher_nll_on_student_answers": Metric("nats/token", None),
+    "decode_tokens_per_s": Metric("tokens/s", True),
+    "num_parameters": Metric("parameters", False),
+    "weights_bytes": Metric("bytes", False),
+}
+
+
+class EvaluationSettings(BaseModel):
+    """How answers are sampled and what is compared.
+
+    Attributes:
+        seeds: one sampled answer per prompt and seed. Source: arXiv 2505.20335, evaluation.
+        teacher_seeds: seeds for which the teacher is sampled too, which measures how close two of its own answers are.
+            With none, its stored answers stand for it, which costs nothing.
+        max_new_tokens: length limit of an answer, tokens.
+        temperature: of sampling, and of every divergence.
+        top_p: mass of the sets that answers are sampled from.
+        batch_size: sequences of one forward pass.
+        bootstrap_seed: seed of the resampling of prompts.
+        compare: pairs (subject, against) whose paired difference is recorded.
+        start: subject that a student's gain is measured from, in ``gap_closed``.
+        num_shown_prompts: prompts whose answers are kept as text.
+        speed_tokens: tokens of one timed generation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
+    teacher_seeds: tuple[int, ...] = ()
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.8, gt=0, le=1)
+    batch_size: int = Field(default=16, ge=1)
+    bootstrap_seed: int = 0
+    compare: tuple[tuple[str, str], ...] = ()
+    start: str = "start"
+    num_shown_prompts: int = Field(default=12, ge=0)
+    speed_tokens: int = Field(default=64, ge=1)
+
+
+class Result(BaseModel):
+    """One measured number.
+
+    Attributes:
+        metric: a key of :data:`METRICS`.
+        subject: name of the model, such as ``teacher``, ``start``, ``sft`` or ``bd``.
+        split: name of the prompt set.
+        value: point estimate; with ``against``, the paired difference subject − against.
+        low: lower end of the interval, or None where the data define none (a single prompt).
+        high: upper end.
+        level: confidence level of a bootstrap interval over prompts; None where low and high are not one.
+        unit: unit of value, low and high.
+        num_items: prompts (or timed runs) behind the value.
+        seeds: sampling seeds averaged inside each prompt; empty for what is not sampled.
+        against: the other subject of a paired difference, or None.
+        higher_is_better: None where neither direction is.
+        note: what a reader must know about this number, or None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str
+    subject: str
+    split: str
+    value: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    level: float | None
+    unit: str
+    num_items: int
+    seeds: tuple[int, ...] = ()
+    against: str | None = None
+    higher_is_better: bool | None
+    note: str | None = None
+
+
+class ShownAnswers(BaseModel):
+    """Answers to one prompt as text: subject → answer of the first seed; ``teacher`` is the stored answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_id: str
+    prompt: str
+    answers: dict[str, str]
+
+
+class Results(BaseModel):
+    """Content of ``results.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: EvaluationSettings
+    records: tuple[Result, ...]
+    answers: tuple[ShownAnswers, ...]
+
+    def to_json(self) -> str:
+        """Return the JSON text of ``results.json``."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        """Read the text that :meth:`to_json` writes.
+
+        Raises:
+            DataFileError: not JSON, or a field is missing, unknown or of another type.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole text"
+            raise DataFileError(
+                f"The text is not a results.json of tdistill: {where}: {first['msg']}. Evaluate the run again."
+            ) from error
+
+    def find(self, metric: str, subject: str, against: str | None = None) -> Result | None:
+        """Return the record of a metric and subject, or None."""
+        wanted = (metric, subject, against)
+        return next((r for r in self.records if (r.metric, r.subject, r.against) == wanted), None)

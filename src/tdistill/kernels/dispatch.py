@@ -1,0 +1,56 @@
+"""The two kernels behind one signature: ``candidates`` for training, ``reference`` to judge it by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tdistill.head import OutputHead
+from tdistill.kernels.candidates import pair_logits
+from tdistill.kernels.chunked import log_normaliser
+
+Support = Literal["vocabulary", "union"]
+
+
+def student_statistics(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    *,
+    offsets: Tensor,
+    action_ids_M: Tensor,
+    taken_N: Tensor,
+    support: Support | None,
+    kernel: Literal["candidates", "reference"] = "candidates",
+) -> dict[str, Tensor | None]:
+    """The student's part of :class:`ActionStats`.
+
+    Args:
+        hidden_ND: last hidden states of the packed positions, [N, D].
+        head: output head.
+        offsets: int64 [N + 1], see ActionStats.
+        action_ids_M: int64 [M] tokens of the sets.
+        taken_N: int64 [N] token taken; any valid id where no action is taken.
+        support: tokens of the log-normaliser: the whole vocabulary, the union of the sets, or none.
+        kernel: ``candidates`` forms only what is asked for; ``reference`` forms the dense [N, V] logits.
+    Returns:
+        ``q_M`` [M], ``q_taken_N`` [N] and ``log_normaliser_N`` [N] or None; at least float32.
+    """
+    num_rows, num_slots = len(hidden_ND), len(action_ids_M)
+    all_rows = torch.arange(num_rows, device=hidden_ND.device)
+    rows_M = torch.repeat_interleave(all_rows, offsets.diff(), output_size=num_slots)
+    ids_U = torch.unique(action_ids_M) if support == "union" else None
+
+    if kernel == "reference":
+        logits_NV = head.logits(hidden_ND)
+        supported = logits_NV if ids_U is None else logits_NV[:, ids_U]
+        normaliser = None if support is None else supported.logsumexp(-1)
+        q_M, q_taken_N = logits_NV[rows_M, action_ids_M], logits_NV[all_rows, taken_N]
+    else:
+        # One call for sets and taken tokens: one pass over the output matrix' gradient instead of two.
+        pairs = pair_logits(hidden_ND, head, torch.cat([rows_M, all_rows]), torch.cat([action_ids_M, taken_N]))
+        q_M, q_taken_N = pairs[:num_slots], pairs[num_slots:]
+        support_head = head if ids_U is None else head.select(ids_U)
+        normaliser = None if support is None else log_normaliser(hidden_ND, support_head)
+    return {"q_M": q_M, "q_taken_N": q_taken_N, "log_normaliser_N": normaliser}

@@ -1,0 +1,61 @@
+"""Pressure on tokens outside the action sets, which the objectives on the sets do not exert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tdistill import returns
+from tdistill.errors import DomainError
+from tdistill.types import ActionStats, LossOutput
+
+# Largest log of the student's mass on a set: keeps log(1 − mass) finite where a set is the whole support.
+_MAX_LOG_MASS = -1e-6
+
+
+@dataclass(frozen=True)
+class OffSupport:
+    """Cross-entropy between "in the set" and "outside" of teacher and student, weighted.
+
+    Σ −Z log P − (1 − Z) log(1 − P),  log P = V_p(s) − L(s),  L the student's log-normaliser over the support and Z
+    the teacher's covered mass.  Source: the binary part of the chain rule of KL(teacher‖student) over set and tail.
+    Differs from the source: with ``union`` the normaliser runs over the tokens of all sets of the micro-batch.
+
+    Attributes:
+        kind: ``none``; ``union`` (a small matrix product); ``tail`` (the whole vocabulary, as costly as SFT).
+        weight: factor on the term.
+
+    Raises:
+        DomainError: negative weight.
+    Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL.
+    """
+
+    kind: Literal["none", "union", "tail"] = "union"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise DomainError(f"off_support: weight = {self.weight} must not be negative; use kind none to drop it.")
+
+    @property
+    def support(self) -> Literal["vocabulary", "union"] | None:
+        """Tokens of the log-normaliser that the term needs."""
+        kinds: dict[str, Literal["vocabulary", "union"]] = {"union": "union", "tail": "vocabulary"}
+        return kinds.get(self.kind)
+
+    def __call__(self, stats: ActionStats) -> LossOutput:
+        """Args: stats with the normaliser of ``support``. Returns: the weighted sum over rows with an action, nats."""
+        assert stats.log_normaliser_N is not None
+        _, mass_N = returns.teacher_probs(stats)
+        mass_N = mass_N.clamp(max=1.0)
+        log_inside_N = (returns.soft_value(stats.q_M, stats.offsets) - stats.log_normaliser_N).clamp(max=_MAX_LOG_MASS)
+        log_outside_N = torch.log(-torch.expm1(log_inside_N))
+        term_N = -(mass_N * log_inside_N + (1 - mass_N) * log_outside_N)
+        act_N = stats.has_action_N
+        total = self.weight * term_N[act_N].sum()
+        outside = -torch.expm1(log_inside_N.detach())[act_N].sum()
+        return LossOutput(
+            total, {"off_support": (total.detach(), act_N.sum()), f"mass_outside_{self.kind}": (outside, act_N.sum())}
+        )

@@ -1,0 +1,65 @@
+"""The model card of a student."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tdistill.errors import DataFileError
+from tdistill.reports.findings import facts, verdict
+from tdistill.reports.load import RunArtifacts, load_run
+from tdistill.reports.tables import GROUP_TITLES, escape_markdown, markdown_table
+from tdistill.reports.write import write_atomically
+
+# The hub refuses a card whose base_model is a path, so a name of any other form stays in the text alone.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# Markdown, not HTML: what templates print goes through escape_markdown.
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("tdistill.reports", "templates"),
+    autoescape=False,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters["md"] = escape_markdown
+
+
+def model_card(artifacts: RunArtifacts, license_id: str = "other") -> str:
+    """Markdown with YAML front matter, in the hub's format.
+
+    Args:
+        artifacts: a finished run.
+        license_id: the hub's name of the licence; ``other`` leaves the choice to whoever publishes.
+    """
+    results = artifacts.results
+    summary = results.summary
+    base = summary.student.name if summary.student.kept_layers is None else summary.teacher.name
+    front = {"library_name": "transformers", "license": license_id, "pipeline_tag": "text-generation"}
+    if _HUB_ID.fullmatch(base):
+        front["base_model"] = base
+    tables = {title: markdown_table(results, group) for group, title in GROUP_TITLES.items()}
+    return _ENVIRONMENT.get_template("card.md.j2").render(
+        front_matter=yaml.safe_dump(front | {"tags": ["distillation", "tdistill"]}, sort_keys=False),
+        results=results,
+        facts=facts(results),
+        verdict=" ".join(verdict(results)),
+        tables={title: table for title, table in tables.items() if table},
+        license_id=license_id,
+    )
+
+
+def write_model_card(run_folder: Path, license_id: str = "other") -> Path:
+    """Write ``student/README.md`` into a finished run's folder and return its path.
+
+    Raises:
+        DataFileError: an artifact or the student is missing, or an artifact is malformed.
+    """
+    student = run_folder / "student"
+    if not student.is_dir():
+        raise DataFileError(f"{student} is missing: there is no student to describe. `tdistill run RECIPE` makes it.")
+    return write_atomically(student / "README.md", model_card(load_run(run_folder), license_id))

@@ -1,0 +1,18 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write UTF-8 text so that a reader sees the old file or the new one, never a part; return the path."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Generated text may hold lone surrogates, which UTF-8 cannot express.
+        partial.write_bytes(text.encode("utf-8", "replace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""Teachers: where action sets come from."""

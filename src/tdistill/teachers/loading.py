@@ -1,0 +1,117 @@
+"""Load Hugging Face models by folder, hub name, installed package, or GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tdistill.errors import ModelNotFoundError
+from tdistill.prompts import resolve_package_path
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_METADATA = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def resolve_model_folder(address: str, gguf_file: str | None = None) -> Path:
+    """Folder that holds the model: an existing folder, ``package:NAME``, or a hub name (downloaded, safetensors only).
+
+    Raises:
+        ModelNotFoundError: nothing there, or the hub cannot be reached; names the address and the remedy.
+    """
+    if address.startswith("package:"):
+        return resolve_package_path(address)
+    folder = Path(address).expanduser()
+    if folder.is_dir():
+        return folder
+    if address.count("/") > 1 or address.startswith((".", "/", "~")):
+        raise ModelNotFoundError(
+            f"No model folder at '{address}'. Give an existing folder or a hub name such as org/name."
+        )
+    wanted = [gguf_file] if gguf_file else list(_WEIGHTS)
+    try:
+        return Path(snapshot_download(address, allow_patterns=[*wanted, *_METADATA]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"'{address}' is neither a folder nor a model that the hub gave ({type(error).__name__}). Check the "
+            "spelling and the network, or give a local folder."
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(folder: Path, gguf_file: str | None = None) -> str:
+    """SHA-256 over names and contents of the weight files (and the configuration, where it is a file of its own).
+
+    Raises:
+        ModelNotFoundError: the folder holds no safetensors weights, or not the GGUF file.
+    """
+    names = [gguf_file] if gguf_file else sorted(p.name for p in folder.glob("*.safetensors"))
+    if not names or not all((folder / name).is_file() for name in names):
+        wanted = gguf_file or "*.safetensors"
+        raise ModelNotFoundError(
+            f"The folder '{folder}' holds no {wanted}. tdistill reads safetensors or GGUF weights only; convert with "
+            "model.save_pretrained(folder)."
+        )
+    if not gguf_file:
+        names.append("config.json")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def load_causal_lm(
+    folder: Path, *, gguf_file: str | None = None, dtype: str = "auto", **model_kwargs: Any
+) -> PreTrainedModel:
+    """Load weights with ``trust_remote_code`` off. GGUF weights are dequantised into a plain, saveable model.
+
+    Args:
+        folder: from :func:`resolve_model_folder`.
+        gguf_file: file inside the folder, or None for safetensors.
+        dtype: name of a torch dtype, or ``auto``.
+        **model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
+    Raises:
+        ModelNotFoundError: not a loadable causal language model.
+    """
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **model_kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(f"'{folder}' is not a loadable causal language model: {error}") from error
+    if not gguf_file:
+        return model.eval()
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config.pop("model_type"), **config), dtype=model.dtype, attn_implementation="sdpa"
+    )
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.to(model.device).eval()
+
+
+def load_tokenizer(folder: Path, *, gguf_file: str | None = None) -> Any:
+    """Load the tokenizer of a folder or of a GGUF file.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(f"'{folder}' holds no loadable tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, any id serves
+    return tokenizer

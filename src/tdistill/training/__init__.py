@@ -1,0 +1,6 @@
+"""Training: stored trajectories → packed micro-batches → statistics → loss, on transformers.Trainer."""
+
+from tdistill.training.arguments import TDistillConfig
+from tdistill.training.trainer import TDistillTrainer
+
+__all__ = ["TDistillConfig", "TDistillTrainer"]

@@ -1,0 +1,85 @@
+"""Settings of a training phase: transformers' TrainingArguments and what distillation adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from tdistill.actions import check_p
+from tdistill.errors import ConfigError, did_you_mean
+from tdistill.objectives import Objective, OffSupport, objective_class
+
+
+@dataclass
+class TDistillConfig(TrainingArguments):
+    """Arguments of :class:`TDistillTrainer`; every field of TrainingArguments keeps its meaning.
+
+    ``per_device_train_batch_size`` is not used: micro-batches hold about ``response_tokens_per_batch`` tokens.
+
+    Attributes:
+        objective: name in the table of objectives, or a mapping with ``name`` and its hyperparameters.
+        p: mass of the action sets, at most the store's p_max; None takes the store's.
+        off_support: pressure outside the sets: ``none``, ``union`` or ``tail``; used by objectives on sets only.
+        off_support_weight: factor on it.
+        response_tokens_per_batch: response tokens of one micro-batch and process, on average.
+        text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
+        text_sequences_per_batch: plain-text sequences added to each micro-batch.
+        kernel: ``candidates``, or ``reference`` (dense, for comparison).
+    """
+
+    objective: str | dict[str, Any] = "iq_learn"
+    p: float | None = None
+    off_support: Literal["none", "union", "tail"] = "union"
+    off_support_weight: float = 1.0
+    response_tokens_per_batch: int = 1024
+    text_weight: float = 1.0
+    text_sequences_per_batch: int = 2
+    kernel: Literal["candidates", "reference"] = "candidates"
+    learning_rate: float = field(default=1e-4)
+    max_grad_norm: float = field(default=1.0)
+    # A non-finite loss raises here; transformers would replace it by an average in the log.
+    logging_nan_inf_filter: bool = field(default=False)
+    remove_unused_columns: bool = field(default=False)
+    report_to: Any = field(default="none")
+    metric_for_best_model: str | None = field(default="eval_kl_set_tail")
+    greater_is_better: bool | None = field(default=False)
+
+    def __post_init__(self) -> None:
+        if self.p is not None:
+            check_p(self.p)
+        if self.response_tokens_per_batch < 1:
+            raise ConfigError(f"response_tokens_per_batch = {self.response_tokens_per_batch} must be at least 1.")
+        # Even batches would repeat some trajectories on some processes; the sampler already deals out full rounds.
+        self.accelerator_config = {"even_batches": False, **(_as_dict(self.accelerator_config))}
+        if not self.bf16 and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
+            self.bf16 = torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.build_objective()
+        self.build_off_support()
+
+    def build_objective(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: unknown objective or hyperparameter; suggests the closest name.
+        """
+        spec = {"name": self.objective} if isinstance(self.objective, str) else dict(self.objective)
+        cls = objective_class(spec.pop("name", "iq_learn"))
+        known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        for key in spec:
+            if key not in known:
+                raise ConfigError(f"Objective '{cls.name}' has no '{key}'.{did_you_mean(key, known)}")  # type: ignore[attr-defined]
+        return cls(**spec)
+
+    def build_off_support(self) -> OffSupport:
+        """Return the off-support term."""
+        return OffSupport(self.off_support, self.off_support_weight)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, dict) else value.to_dict()

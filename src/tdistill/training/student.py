@@ -1,0 +1,83 @@
+"""Teach a Hugging Face causal language model to answer with action statistics instead of logits."""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tdistill.head import check_head, output_head
+from tdistill.kernels.candidates import pair_logits
+from tdistill.kernels.chunked import log_normaliser, normaliser_and_argmax
+from tdistill.kernels.dispatch import Support, student_statistics
+
+VALUE_HEAD = "value_head"
+
+
+def add_value_head(model: PreTrainedModel) -> None:
+    """Give the model a scalar linear head on its last hidden state, zero at start; dropped at export."""
+    width = model.get_output_embeddings().in_features
+    head = nn.Linear(width, 1, device=model.device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model.add_module(VALUE_HEAD, head)
+
+
+def attach_statistics(
+    model: PreTrainedModel, *, support: Support | None, kernel: Literal["candidates", "reference"] = "candidates"
+) -> None:
+    """Let this instance's forward return statistics when it is given packed positions.
+
+    The forward of the instance is replaced, not of the class, and the model stays what it is: wrappers (DDP, FSDP,
+    PEFT) call it through their own forward, so that their hooks fire and the head is gathered when it is read.
+    Without ``position_index_N`` the original forward runs (generation).
+
+    Args:
+        model: causal language model, not wrapped.
+        support: tokens of the log-normaliser in training mode.
+        kernel: see :func:`tdistill.kernels.dispatch.student_statistics`.
+    Raises:
+        UnsupportedModelError: the head would be computed wrongly.
+    """
+    check_head(model)
+    original = model.forward
+
+    # Generation decides by the signature whether to pass attention masks and position ids.
+    @wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+        if "position_index_N" not in inputs:
+            return original(*args, **inputs)
+        hidden = self.base_model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).last_hidden_state.flatten(0, 1)
+        head = output_head(self)
+        hidden_ND = hidden[inputs["position_index_N"]]
+        out = student_statistics(
+            hidden_ND,
+            head,
+            offsets=inputs["offsets"],
+            action_ids_M=inputs["action_ids_M"],
+            taken_N=inputs["taken_N"],
+            support=support if self.training else None,
+            kernel=kernel,
+        )
+        value_head = getattr(self, VALUE_HEAD, None)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            out["value_N"] = None if value_head is None else value_head(hidden_ND.float()).squeeze(-1)
+        if not self.training:
+            out["log_normaliser_N"], out["top_N"] = normaliser_and_argmax(hidden_ND, head)
+        if len(inputs["text_index_L"]):
+            out["text_nll"] = _text_nll(hidden[inputs["text_index_L"]], head, inputs["text_target_L"])
+        return {name: value for name, value in out.items() if value is not None}
+
+    model.forward = MethodType(forward, model)
+
+
+def _text_nll(hidden_LD: Tensor, head: Any, target_L: Tensor) -> Tensor:
+    """Σ −log π_Q(token) of plain text over the whole vocabulary, nats."""
+    rows = torch.arange(len(hidden_LD), device=hidden_LD.device)
+    return (log_normaliser(hidden_LD, head) - pair_logits(hidden_LD, head, rows, target_L)).sum()

@@ -1,0 +1,296 @@
+"""TDistillTrainer: transformers.Trainer over a store of trajectories, with no teacher in the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError
+from tdistill.kernels.dispatch import Support
+from tdistill.objectives import Objective, OffSupport
+from tdistill.prompts import check_same_tokenizer, check_vocabulary
+from tdistill.store import Store
+from tdistill.training.arguments import TDistillConfig
+from tdistill.training.batches import TokenBudgetSampler
+from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
+from tdistill.training.metrics import MeanMeter, set_tail_kl
+from tdistill.training.student import VALUE_HEAD, add_value_head, attach_statistics
+from tdistill.types import ActionStats
+
+
+class NonFiniteLossError(TDistillError):
+    """The loss became NaN or infinite."""
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler its epoch; the wrappers that accelerate puts around it do not always pass it on."""
+
+    def __init__(self, sampler: TokenBudgetSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class TDistillTrainer(Trainer):
+    """Train a student on stored trajectories with an objective on action statistics.
+
+    Args:
+        model: student, a causal language model of transformers. Its forward is extended in place.
+        args: see :class:`TDistillConfig`.
+        train_dataset: store to train on.
+        eval_dataset: store of the dev split, or None.
+        processing_class: the tokenizer; must be the store's.
+        peft_config: adapter to train instead of all weights, or None.
+        text_dataset: token sequences of plain text for the language-modelling term, or None.
+        **kwargs: passed to transformers.Trainer (callbacks, optimizers, …).
+    Raises:
+        ProbabilityRangeError: p above the store's p_max.
+        TokenizerMismatchError: tokenizer or vocabulary differ from the store's.
+        UnsupportedModelError: the model's head is not a plain linear layer.
+    """
+
+    args: TDistillConfig
+    objective: Objective
+    off_support: OffSupport
+    support: Support | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TDistillConfig,
+        train_dataset: Store,
+        eval_dataset: Store | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        text_dataset: Sequence[np.ndarray] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective, self.off_support = args.build_objective(), args.build_off_support()
+        self.store, self.meter = train_dataset, MeanMeter()
+        for store in filter(None, (train_dataset, eval_dataset)):
+            self._check_store(store, args, processing_class, model)
+        self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
+        self.uses_off_support = self.objective.uses_sets and self.off_support.kind != "none"
+        if self.full_support and self.uses_off_support:
+            raise ConfigError("off_support has nothing to act on at p = 1; set it to none.")
+        self.support = "vocabulary" if self.full_support else self.objective.support
+        if self.uses_off_support:
+            self.support = self.off_support.support
+
+        if self.objective.needs_value_head and not hasattr(model, VALUE_HEAD):
+            add_value_head(model)
+        attach_statistics(model, support=self.support, kernel=args.kernel)
+        if peft_config is not None:
+            model = self._with_adapter(model, peft_config)
+        text = PlainText(text_dataset, args.text_sequences_per_batch) if text_dataset is not None else None
+        pad = getattr(processing_class, "pad_token_id", None) or 0
+        p = args.p if self.objective.uses_sets else None
+        self._eval_collator = PackedCollator(pad)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=PackedCollator(pad, p, text, args.seed),
+            **kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
+        # Losses are sums divided here by the tokens of the whole step, so the Trainer must not divide again.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = False
+        self._logged_at, self._logged_tokens = time.perf_counter(), 0
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches by response tokens; the order is a function of (seed, epoch) alone."""
+        sampler = self._sampler(self.store, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        self.add_callback(_EpochCallback(sampler))
+        return self._loader(self.store, sampler, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every trajectory once, in order of length."""
+        store: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(store, self._sampler(store, seed=None), self._eval_collator)
+
+    def _sampler(self, store: Store, seed: int | None) -> TokenBudgetSampler:
+        total = store.response_lengths + store.prompt_lengths
+        return TokenBudgetSampler(
+            store.response_lengths, total, self.args.response_tokens_per_batch, seed, self.args.world_size
+        )
+
+    def _loader(self, store: Any, sampler: TokenBudgetSampler, collator: Any) -> DataLoader:
+        loader = DataLoader(
+            store,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Response tokens and plain-text tokens of the whole step, over accumulation and processes: float [2]."""
+        if not batch_samples:
+            return None
+        counts = torch.tensor(
+            [
+                sum(int(batch["has_action_N"].sum()) for batch in batch_samples),
+                sum(len(batch["text_target_L"]) for batch in batch_samples),
+            ],
+            device=device,
+        )
+        counts = self.accelerator.reduce(counts, "sum")
+        self.state.num_input_tokens_seen += int(counts[0])
+        return counts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's share of the step's loss: objective and off-support term, and J_PT, each per token.
+
+        Raises:
+            NonFiniteLossError: names the step.
+        """
+        stats, outputs = self._statistics(model, inputs)
+        result = self.objective(stats)
+        loss, metrics = result.loss, dict(result.metrics)
+        if self.uses_off_support:
+            extra = self.off_support(stats)
+            loss, metrics = loss + extra.loss, {**metrics, **extra.metrics}
+        # Gradients are averaged over processes; the counts are of all of them.
+        num_tokens, num_text = num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
+        loss = loss / num_tokens
+        if "text_nll" in outputs:
+            loss = loss + self.args.text_weight * outputs["text_nll"] / num_text
+            metrics["text_nll"] = (outputs["text_nll"].detach(), torch.tensor(len(inputs["text_target_L"])))
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}. Lower learning_rate, raise alpha, or "
+                "use coordinates: value_head; the last checkpoint is intact."
+            )
+        self.meter.add({**metrics, **self._set_metrics(inputs)})
+        return (loss, outputs) if return_outputs else loss
+
+    def _statistics(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[ActionStats, dict[str, Tensor]]:
+        outputs = model(**inputs)
+        return ActionStats(
+            **{name: inputs[name] for name in STATS_FIELDS},
+            q_M=outputs["q_M"],
+            q_taken_N=outputs["q_taken_N"],
+            log_normaliser_N=outputs.get("log_normaliser_N"),
+            normaliser_support=self.support if model.training else "vocabulary",
+            value_N=outputs.get("value_N"),
+            full_support=self.full_support,
+        ), outputs
+
+    def _set_metrics(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not self.objective.uses_sets:
+            return {}
+        acts = inputs["has_action_N"].sum()
+        transitions = acts + inputs["dropped_N"].sum()
+        return {
+            "set_size": (inputs["offsets"][-1], torch.tensor(len(inputs["has_action_N"]))),
+            "dropped_share": (inputs["dropped_N"].sum(), transitions),
+            "added_share": (inputs["added_N"].sum(), transitions),
+        }
+
+    # ---- evaluation and logging ----
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means per response token on a store: ``nll``, ``agreement_top1``, ``kl_set_tail`` and ``mass_outside_set``.
+
+        ``kl_set_tail`` takes all tokens outside the set as one: a lower bound on KL(teacher‖student), from the store
+        alone. Store with p_max = 1: ``nll`` only.
+        """
+        loader = self.get_eval_dataloader(eval_dataset)
+        meter, started = MeanMeter(), time.perf_counter()
+        model: Any = self.model
+        model.eval()
+        for inputs in loader:
+            inputs = self._prepare_inputs(inputs)
+            stats, outputs = self._statistics(model, inputs)
+            meter.add(_evaluation_sums(stats, outputs["top_N"], inputs["action_ids_M"]))
+        model.train()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.pop(self.accelerator).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the objective's terms, tokens seen and tokens per second to training logs."""
+        if "loss" in logs:
+            now, seen = time.perf_counter(), self.state.num_input_tokens_seen
+            logs |= self.meter.pop(self.accelerator)
+            logs["response_tokens"] = seen
+            logs["tokens_per_second"] = (seen - self._logged_tokens) / (now - self._logged_at)
+            self._logged_at, self._logged_tokens = now, seen
+        super().log(logs, start_time)
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # The pickled arguments are not needed to resume, and nothing here writes pickles that it can avoid.
+        (Path(str(output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    # ---- checks ----
+
+    def _check_store(self, store: Store, args: TDistillConfig, tokenizer: Any, model: PreTrainedModel) -> None:
+        if args.p is not None and args.p > store.p_max:
+            raise ProbabilityRangeError(
+                f"p = {args.p} is above the store's p_max = {store.p_max} ({store.path}). Train at p <= {store.p_max}, "
+                "or capture again with a larger p_max."
+            )
+        if args.p is not None and args.p < 1.0 == store.p_max:
+            raise ProbabilityRangeError(
+                f"The store {store.path} was captured at p_max = 1 and keeps no action sets; leave p empty, or capture "
+                "again with p_max below 1."
+            )
+        if tokenizer is not None:
+            check_same_tokenizer(store.identity["tokenizer_sha256"], tokenizer, str(store.path))
+            check_vocabulary(model.get_output_embeddings().weight.shape[0], tokenizer, "the student")
+
+    def _with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
+        from peft import get_peft_model
+
+        if hasattr(model, VALUE_HEAD):
+            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+        return get_peft_model(model, peft_config)
+
+
+def _evaluation_sums(stats: ActionStats, top_N: Tensor, action_ids_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    act_N = stats.has_action_N
+    count = act_N.sum()
+    assert stats.log_normaliser_N is not None
+    sums = {"nll": ((stats.log_normaliser_N - stats.q_taken_N)[act_N].sum(), count)}
+    if len(stats.q_M):
+        first_M = stats.offsets[:-1]
+        rows = torch.repeat_interleave(torch.arange(len(act_N), device=act_N.device), stats.offsets.diff())
+        inside_N = torch.zeros_like(stats.log_normaliser_N).index_add(
+            0, rows, (stats.q_M - stats.log_normaliser_N[rows]).exp()
+        )
+        sums["agreement_top1"] = ((action_ids_M[first_M] == top_N)[act_N].sum(), count)
+        sums["kl_set_tail"] = (set_tail_kl(stats)[act_N].sum(), count)
+        sums["mass_outside_set"] = ((1 - inside_N)[act_N].sum(), count)
+    return sums

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from tdistill.evaluation import bootstrap
+from tdistill.evaluation.bootstrap import (
+    bootstrap_mean,
+    bootstrap_mean_difference,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+)
+
+
+def width(interval):
+    return interval.high - interval.low
+
+
+def test_interval_of_a_mean_agrees_with_the_normal_one():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=200)
+    interval = bootstrap_mean(values, seed=0)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(200)
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(bootstrap, "NUM_RESAMPLES", 499)
+    hits_mean = hits_ratio = 0
+    for trial in range(300):
+        rng = np.random.default_rng(trial)
+        counts = rng.integers(5, 60, size=40)
+        values = rng.normal(1.5, 1.0, size=40)  # per token, so the ratio of sums estimates 1.5 as well
+        mean, ratio = bootstrap_mean(values, seed=trial), bootstrap_ratio(values * counts, counts, seed=trial)
+        hits_mean += mean.low <= 1.5 <= mean.high
+        hits_ratio += ratio.low <= 1.5 <= ratio.high
+    # 0.95 ± 4 standard errors (0.0126), less 0.03 for 40 prompts.
+    assert 0.87 <= hits_mean / 300 <= 0.999
+    assert 0.87 <= hits_ratio / 300 <= 0.999
+
+
+def test_a_ratio_weighs_tokens_and_not_prompts():
+    # 2 nats over 1 token and 3 nats over 9: 5 / 10 a token, not the mean of 2 and 1/3.
+    assert bootstrap_ratio([2.0, 3.0], [1, 9], seed=0).value == pytest.approx(0.5)
+
+
+def test_paired_interval_is_narrower_on_correlated_data():
+    rng = np.random.default_rng(1)
+    difficulty = rng.normal(0, 1, size=60)
+    a = 2.0 + difficulty + rng.normal(0, 0.1, 60)
+    b = 1.9 + difficulty + rng.normal(0, 0.1, 60)
+    paired = bootstrap_mean_difference(a, b, seed=0)
+    unpaired = np.hypot(width(bootstrap_mean(a, seed=0)), width(bootstrap_mean(b, seed=0)))
+    assert paired.low < 0.1 < paired.high
+    assert width(paired) < 0.25 * unpaired
+
+    counts = rng.integers(10, 50, 60)
+    ratio = bootstrap_ratio_difference(a * counts, counts, b * counts, counts, seed=0)
+    assert ratio.value == pytest.approx((a * counts).sum() / counts.sum() - (b * counts).sum() / counts.sum())
+    assert ratio.low < 0.1 < ratio.high
+    assert width(ratio) < 0.25 * unpaired
+
+
+def test_ratio_difference_with_different_counts():
+    # 6/3 − 10/10
+    assert bootstrap_ratio_difference([2, 4], [1, 2], [4, 6], [5, 5], seed=0).value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "value"),
+    [
+        (bootstrap_mean([0.7] * 9, seed=0), 0.7),
+        (bootstrap_mean([0.0] * 9, seed=0), 0.0),
+        (bootstrap_ratio([0.3, 0.6, 2.1], [1, 2, 7], seed=0), 0.3),
+        (bootstrap_mean_difference([1.0, 5.0], [1.0, 5.0], seed=0), 0.0),
+        (bootstrap_ratio_difference([1.0, 5.0, 2.0], [3, 4, 5], [1.0, 5.0, 2.0], [3, 4, 5], seed=0), 0.0),
+    ],
+)
+def test_constant_data_have_an_interval_of_no_width(interval, value):
+    assert interval.value == pytest.approx(value)
+    assert interval.low == interval.value == interval.high
+
+
+def test_one_prompt_says_nothing_about_others():
+    assert bootstrap_mean([0.4], seed=0) == (0.4, None, None)
+
+
+def test_a_resample_without_tokens_gives_no_interval_instead_of_nan():
+    interval = bootstrap_ratio([1.0, 0.0], [2, 0], seed=0)
+    assert interval == (0.5, None, None)
+
+
+def test_more_seeds_of_the_same_answers_do_not_narrow_the_interval():
+    values = np.random.default_rng(2).normal(size=30)
+    counts = np.random.default_rng(3).integers(1, 9, size=30)
+    assert bootstrap_mean(np.tile(values[:, None], 5), seed=0) == pytest.approx(bootstrap_mean(values, seed=0))
+    repeated = bootstrap_ratio(np.tile(values[:, None], 5), np.tile(counts[:, None], 5), seed=0)
+    assert repeated == pytest.approx(bootstrap_ratio(values, counts, seed=0))
+
+
+def test_the_seed_decides():
+    values = np.random.default_rng(4).normal(size=30)
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
+    assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
+
+
+def test_a_block_of_resamples_does_not_change_the_result(monkeypatch):
+    values = np.random.default_rng(5).normal(size=30)
+    whole = bootstrap_mean(values, seed=1)
+    monkeypatch.setattr(bootstrap, "_BLOCK_ELEMENTS", 3000)
+    assert bootstrap_mean(values, seed=1) == pytest.approx(whole, abs=0.02)

@@ -1,0 +1,184 @@
+import copy
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
+from tdistill.evaluation.evaluate import evaluate
+from tdistill.evaluation.generation import sample_answers
+from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results
+
+SETTINGS = EvaluationSettings(
+    seeds=(10, 20), max_new_tokens=6, batch_size=4, compare=(("bd", "sft"),), speed_tokens=3, num_shown_prompts=2
+)
+
+
+@pytest.fixture
+def teacher(make_model):
+    return make_model(0)
+
+
+@pytest.fixture
+def held_out(make_trajectory, teacher):
+    """Answers of the teacher itself, so that its loss is below that of an unrelated model; two for p1 and p2."""
+    blank = [make_trajectory(index, f"p{index}", 3 + index, 8) for index in range(6)]
+    settings = {"end_token_ids": (0,), "vocab_size": 64, "max_new_tokens": 8, "seed": 1}
+    sampled, _ = sample_answers(teacher, [t.prompt_ids for t in blank], **settings)
+    trajectories = [
+        make_trajectory(
+            index,
+            t.prompt_id,
+            0,
+            len(answer.token_ids),
+            prompt_ids=t.prompt_ids,
+            response_ids=answer.token_ids,
+            ends="terminal" if answer.terminated else "truncated",
+        )
+        for index, (t, answer) in enumerate(zip(blank, sampled, strict=True))
+    ]
+    loop = {"response_ids": np.array([5, 6, 5, 6, 5, 6], np.int32), "prompt_ids": trajectories[2].prompt_ids}
+    second = [replace(trajectories[1], answer_index=1), make_trajectory(9, "p2", 0, 6, answer_index=1, **loop)]
+    return [*trajectories, *second]
+
+
+@pytest.fixture
+def subjects(make_model, teacher):
+    start = make_model(1)
+    return {"start": start, "sft": copy.deepcopy(start), "bd": copy.deepcopy(teacher)}
+
+
+def run(subjects, teacher, tokenizer, held_out, references=None, settings=SETTINGS):
+    return evaluate(
+        subjects, teacher, tokenizer, held_out, references, end_token_ids=(0,), settings=settings, progress=False
+    )
+
+
+def test_all_metrics_of_all_subjects(subjects, teacher, tokenizer, held_out):
+    references = {trajectory.prompt_id: ["word5 word6"] for trajectory in held_out}
+    results = run(subjects, teacher, tokenizer, held_out, references)
+    found = {(r.metric, r.subject) for r in results.records if r.against is None}
+    expected = {(metric, subject) for metric in METRICS for subject in ("teacher", *subjects)}
+    expected -= {("gap_closed", "teacher"), ("gap_closed", "start")}
+    expected -= {("rouge_l_teacher", "teacher"), ("teacher_nll_on_student_answers", "teacher")}
+    assert found == expected
+    for record in results.records:
+        assert record.unit == METRICS[record.metric].unit
+        assert record.low <= record.value <= record.high
+    assert {r.num_items for r in results.records if r.level is not None} == {6}
+
+    def value(metric, subject, against=None):
+        return results.find(metric, subject, against).value
+
+    # bd is a copy of the teacher, sft of the start.
+    assert value("kl_teacher_student", "teacher") == value("kl_teacher_student", "bd") == 0.0
+    assert value("agreement_top1", "bd") == 1.0
+    assert value("gap_closed", "bd") == pytest.approx(1.0)
+    assert value("gap_closed", "sft") == 0.0
+    assert value("nll_teacher_answers", "bd") == value("nll_teacher_answers", "teacher")
+    assert value("kl_teacher_student", "sft") > 0
+    # A model that is the teacher finds its own samples likelier than another model's.
+    assert value("teacher_nll_on_student_answers", "bd") < value("teacher_nll_on_student_answers", "start")
+    # Stored answers stand for the teacher: inside a prompt, bigrams add up, lengths and ends are averaged.
+    stored = [trajectory.response_ids.tolist() for trajectory in held_out]
+    num_distinct = sum(len(set(pairwise(ids))) for ids in stored)
+    num_bigrams = sum(len(ids) - 1 for ids in stored)
+    assert num_distinct <= num_bigrams - 3  # 56 65 56 65 56
+    assert value("distinct_2", "teacher") == pytest.approx(num_distinct / num_bigrams)
+    by_prompt = [[t for t in held_out if t.prompt_id == f"p{index}"] for index in range(6)]
+    assert value("response_length", "teacher") == pytest.approx(
+        np.mean([np.mean([len(t.response_ids) for t in group]) for group in by_prompt])
+    )
+    assert value("terminated_share", "teacher") == pytest.approx(
+        np.mean([np.mean([t.ends == "terminal" for t in group]) for group in by_prompt])
+    )
+    for metric in ("kl_teacher_student", "nll_teacher_answers", "rouge_l_teacher", "rouge_l"):
+        assert value(metric, "bd", "sft") == pytest.approx(value(metric, "bd") - value(metric, "sft"))
+    assert results.find("rouge_l_teacher", "bd").seeds == (10, 20)
+
+
+def test_stored_answers_are_their_own_references(teacher, tokenizer, held_out):
+    references: dict[str, list[str]] = {}
+    for t in held_out:
+        references.setdefault(t.prompt_id, []).append(tokenizer.decode(t.response_ids, skip_special_tokens=True))
+    results = run({}, teacher, tokenizer, held_out, references, SETTINGS.model_copy(update={"compare": ()}))
+    assert results.find("rouge_l", "teacher").value == 1.0
+
+
+def test_a_copy_of_the_teacher_scores_as_the_sampled_teacher_does(subjects, teacher, tokenizer, held_out):
+    settings = SETTINGS.model_copy(update={"teacher_seeds": (10, 20), "compare": (("bd", "teacher"),)})
+    results = run({"bd": subjects["bd"]}, teacher, tokenizer, held_out, settings=settings)
+    for metric in ("rouge_l_teacher", "distinct_2", "response_length", "teacher_nll_on_student_answers"):
+        assert results.find(metric, "bd").value == results.find(metric, "teacher").value
+    difference = results.find("rouge_l_teacher", "bd", "teacher")
+    assert (difference.low, difference.value, difference.high) == (0.0, 0.0, 0.0)
+    assert results.find("rouge_l", "bd") is None
+
+
+def test_shown_answers(subjects, teacher, tokenizer, held_out):
+    results = run(subjects, teacher, tokenizer, held_out)
+    assert [shown.prompt_id for shown in results.answers] == ["p0", "p1"]
+    shown = results.answers[0]
+    assert set(shown.answers) == {"teacher", "start", "sft", "bd"}
+    assert shown.answers["teacher"] == tokenizer.decode(held_out[0].response_ids, skip_special_tokens=True)
+    sampled, _ = sample_answers(
+        subjects["start"], [held_out[0].prompt_ids], end_token_ids=(0,), vocab_size=64, max_new_tokens=6, seed=10
+    )
+    assert shown.answers["start"] == tokenizer.decode(sampled[0].token_ids, skip_special_tokens=True)
+
+
+def test_a_pair_named_twice_is_recorded_once(subjects, teacher, tokenizer, held_out):
+    settings = SETTINGS.model_copy(update={"compare": (("bd", "sft"), ("bd", "sft"))})
+    records = run(subjects, teacher, tokenizer, held_out, settings=settings).records
+    keys = [(r.metric, r.subject, r.split, r.against) for r in records]
+    assert len(keys) == len(set(keys))
+
+
+def test_json_round_trip(subjects, teacher, tokenizer, held_out):
+    results = run(subjects, teacher, tokenizer, held_out)
+    assert Results.from_json(results.to_json()) == results
+    raw = json.loads(results.to_json())
+    assert set(raw) == {"settings", "records", "answers"}
+    assert set(raw["records"][0]) == set(Result.model_fields)
+
+
+def test_no_gap_no_share_of_it(subjects, teacher, tokenizer, held_out, caplog):
+    settings = SETTINGS.model_copy(update={"compare": ()})
+    results = run({"start": subjects["bd"], "sft": subjects["sft"]}, teacher, tokenizer, held_out, settings=settings)
+    assert results.find("gap_closed", "sft") is None
+    assert "gap_closed of sft" in caplog.text
+
+
+def test_given_answers_are_noted(subjects, teacher, tokenizer, held_out):
+    given = [replace(trajectory, source="given") for trajectory in held_out]
+    results = run(subjects, teacher, tokenizer, given)
+    assert "given" in results.find("nll_teacher_answers", "bd").note
+
+
+def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_out):
+    with pytest.raises(EmptyPromptSetError):
+        run(subjects, teacher, tokenizer, [])
+    typo = SETTINGS.model_copy(update={"compare": (("bd", "stf"),)})
+    with pytest.raises(ConfigError, match=r"'stf'.*Did you mean 'sft'"):
+        run(subjects, teacher, tokenizer, held_out, settings=typo)
+    with pytest.raises(DataFileError, match="'p1' has no reference"):
+        run(subjects, teacher, tokenizer, held_out, {"p0": ["word5"]})
+    with pytest.raises(ConfigError, match="another model than the teacher"):
+        run({**subjects, "teacher": subjects["start"]}, teacher, tokenizer, held_out)
+
+
+@pytest.mark.parametrize("text", ["not json", "{}", '{"settings": {}, "records": [{"metric": 1}], "answers": []}'])
+def test_malformed_results_are_refused(text):
+    with pytest.raises(DataFileError, match=r"not a results\.json"):
+        Results.from_json(text)
+
+
+def test_a_record_never_holds_nan():
+    with pytest.raises(ValidationError, match="finite"):
+        Result(
+            metric="rouge_l", subject="a", split="b", value=float("nan"), low=0, high=0, level=0.95, unit="F1",
+            num_items=1, higher_is_better=True,
+        )  # fmt: skip

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic_run import make_results, record, write_run
+
+from tdistill.errors import DataFileError
+from tdistill.reports.load import Results, load_run
+from tdistill.reports.tables import markdown_table, results_page, terminal_table
+
+FIDELITY = """\
+| | KL(teacher‖student) (nats/token) | Top-1 agreement (%) | Gap closed (%) |
+|---|---:|---:|---:|
+| start | 5.00 [4.60, 5.40] | 10.0 [8.0, 12.0] | – |
+| sft | 1.30 [1.20, 1.40] | 55.0 [53.0, 57.0] | – |
+| bd (final) | **1.00 [0.90, 1.10]** | 61.0 [59.0, 63.0] | 80.0 [78.0, 82.0] |
+| sft_continued (control) | 1.10 [1.00, 1.20] | 60.0 [58.0, 62.0] | – |
+
+Distance from the teacher; held_out split; 48 items; brackets are 95 % intervals. \
+Bold: the best student, separated from every other student.
+"""
+
+SIZE = """\
+| | Parameters (M) | Weights (MB) | Decoding (tokens/s) |
+|---|---:|---:|---:|
+| teacher | 134.5 | – | – |
+| bd (final) | 81.40 | 162.8 | 35.5 [34.0, 37.0] |
+
+Size and speed; brackets are 95 % intervals.
+"""
+
+
+def test_markdown_tables() -> None:
+    results = Results.model_validate(make_results())
+    assert markdown_table(results) == FIDELITY
+    assert markdown_table(results, "size") == SIZE
+    assert markdown_table(results, "fidelity", "dev").splitlines()[2] == "| bd (final) | 0.77 [0.67, 0.87] |"
+    assert markdown_table(results, "fidelity", "elsewhere") == ""
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    content = make_results()
+    content["records"].append(record("kl_teacher_student", "a|b<i>\nc", 2.0, 0.1))
+    assert "| a\\|b&lt;i> c | 2.00 [1.90, 2.10] |" in markdown_table(Results.model_validate(content))
+
+
+def test_terminal_table_fits_its_width_and_loses_no_number(run_folder: Path) -> None:
+    artifacts = load_run(run_folder)
+    text = terminal_table(artifacts, width=60)
+    table_lines = text.split("\n\n")[0].splitlines()[1:]
+    assert max(map(len, table_lines)) <= 60
+    for number in ("5.00 [4.60, 5.40]", "1.00 [0.90, 1.10] *", "60.0 [58.0, 62.0]", "80.0 [78.0, 82.0]", "134.5"):
+        assert number in text
+    assert "bd is closer to the teacher" in text
+
+
+def test_results_page_puts_the_demo_first_and_names_file_and_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {**make_results(), "name": "big", "command": "tdistill run recipes/bd.yaml seed=3"}
+    write_run(tmp_path / "big", other)
+    write_run(tmp_path / "demo", make_results())
+    page = results_page([Path("big/results.json"), tmp_path / "demo" / "results.json"])
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["## demo", "## big"]
+    assert "From `demo/results.json`, which `tdistill demo` makes again." in page
+    assert "From `big/results.json`, which `tdistill run recipes/bd.yaml seed=3` makes again." in page
+    assert str(tmp_path) not in page
+    assert page.count(FIDELITY) == 2
+
+
+def test_results_page_names_a_bad_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"format": "something-else"}))
+    with pytest.raises(DataFileError, match=r"results\.json: format"):
+        results_page([path])

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdistill.errors import ModelNotFoundError
+from tdistill.teachers.hf import HFTeacher
+from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
+
+
+@pytest.fixture
+def folder(tiny_teacher_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_teacher_folder, tmp_path / "teacher"))
+
+
+@pytest.mark.parametrize(
+    "address", ["/no/such/folder", "./runs/teacher", "~/no/such/folder", "a/b/c", "nobody/no-such-model", "no-such-model"]
+)
+def test_an_address_that_leads_nowhere_is_named(address):
+    with pytest.raises(ModelNotFoundError, match=address) as caught:
+        HFTeacher.from_pretrained(address)
+    assert "folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["package:no_such_package", "package:tdistill/no_such_folder", "package:../x"])
+def test_a_package_that_leads_nowhere_is_a_missing_model(address):
+    with pytest.raises(ModelNotFoundError, match="package"):
+        resolve_model_folder(address)
+
+
+def test_pickled_weights_are_not_read(folder):
+    model = load_causal_lm(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        HFTeacher.from_pretrained(str(folder))
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_missing_part_is_a_missing_model(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        HFTeacher.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("size", [0, 100, 50_000])
+def test_truncated_weights_are_a_missing_model(folder, size):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        HFTeacher.from_pretrained(str(folder))
+
+
+def test_a_configuration_that_is_not_json_is_a_missing_model(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        HFTeacher.from_pretrained(str(folder))
+
+
+def test_an_unknown_dtype_is_named(folder):
+    with pytest.raises(ModelNotFoundError, match="float31"):
+        HFTeacher.from_pretrained(str(folder), dtype="float31")
+
+
+def test_code_in_a_model_folder_is_not_run(folder, tmp_path):
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotFoundError):
+        HFTeacher.from_pretrained(str(folder))
+    assert not ran.exists()
+
+
+def test_the_hash_follows_every_byte_of_the_weights_and_the_configuration(folder):
+    before = weights_sha256(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    changed = weights_sha256(folder)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert weights_sha256(folder) == before != changed
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert weights_sha256(folder) not in (before, changed)
+
+
+def test_the_hash_ignores_files_that_decide_nothing(folder):
+    before = weights_sha256(folder)
+    (folder / "README.md").write_text("changed")
+    assert weights_sha256(folder) == before
+
+
+def test_a_missing_gguf_file_is_named(folder):
+    with pytest.raises(ModelNotFoundError, match=r"absent\.gguf"):
+        HFTeacher.from_pretrained(str(folder), gguf_file="absent.gguf")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
