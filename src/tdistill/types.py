@@ -111,7 +111,8 @@ class ActionStats:
             serves as the next state of the row before it.
         ends_N: int64, values of :class:`Ends`.
         log_normaliser_N: log-sum-exp of the student's logits over ``normaliser_support``, or None.
-        normaliser_support: ``vocabulary`` or ``union`` (all sets of the micro-batch), or None.
+        normaliser_support: ``vocabulary``, ``union`` (all sets of the micro-batch), ``negatives`` (those and weighted
+            draws), or None.
         value_N: output of the scalar value head, or None.
         full_support: the action set is the whole vocabulary (p = 1): no slots are listed and the soft value is
             ``log_normaliser_N`` over the vocabulary.
@@ -125,7 +126,7 @@ class ActionStats:
     has_action_N: Tensor
     ends_N: Tensor
     log_normaliser_N: Tensor | None = None
-    normaliser_support: Literal["vocabulary", "union"] | None = None
+    normaliser_support: Literal["vocabulary", "union", "negatives"] | None = None
     value_N: Tensor | None = None
     full_support: bool = False
 

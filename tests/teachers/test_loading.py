@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tdistill.errors import ModelNotFoundError
+from tdistill.errors import ConfigError, ModelNotFoundError
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
 
@@ -64,7 +65,7 @@ def test_a_configuration_that_is_not_json_is_a_missing_model(folder):
 
 
 def test_an_unknown_dtype_is_named(folder):
-    with pytest.raises(ModelNotFoundError, match="float31"):
+    with pytest.raises(ConfigError, match="float31"):
         HFTeacher.from_pretrained(str(folder), dtype="float31")
 
 
@@ -110,3 +111,24 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_weights_without_some_parameters_are_not_filled_with_random_numbers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        HFTeacher.from_pretrained(str(folder))
+
+
+def test_weights_of_another_shape_are_a_missing_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(ModelNotFoundError, match=str(folder)):
+        HFTeacher.from_pretrained(str(folder))
+
+
+def test_a_damaged_tokenizer_is_named(folder):
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ModelNotFoundError, match="tokenizer"):
+        load_tokenizer(folder)

@@ -21,18 +21,20 @@ def chunk_slices(num_rows: int, num_columns: int) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def log_normaliser(hidden_ND: Tensor, head: OutputHead) -> Tensor:
-    """log Σ_v exp(logit_v) of every row over all tokens of the head; the backward pass recomputes each chunk.
+def log_normaliser(hidden_ND: Tensor, head: OutputHead, log_weight_V: Tensor | None = None) -> Tensor:
+    """log Σ_v w_v exp(logit_v) of every row over all tokens of the head; the backward pass recomputes each chunk.
 
     Args:
         hidden_ND: last hidden states, [N, D].
         head: output head, whole or restricted by :meth:`OutputHead.select`.
+        log_weight_V: log w of the head's tokens, or None for ones.
     Returns:
         float [N], at least float32, nats.
     """
 
     def of_chunk(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        return OutputHead(weight_VD, bias_V, head.scale, head.softcap).logits(hidden_CD).logsumexp(-1)
+        logits = OutputHead(weight_VD, bias_V, head.scale, head.softcap).logits(hidden_CD)
+        return (logits if log_weight_V is None else logits + log_weight_V).logsumexp(-1)
 
     parts = [
         checkpoint(

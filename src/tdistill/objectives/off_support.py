@@ -21,10 +21,12 @@ class OffSupport:
 
     Σ −Z log P − (1 − Z) log(1 − P),  log P = V_p(s) − L(s),  L the student's log-normaliser over the support and Z
     the teacher's covered mass.  Source: the binary part of the chain rule of KL(teacher‖student) over set and tail.
-    Differs from the source: with ``union`` the normaliser runs over the tokens of all sets of the micro-batch.
+    Differs from the source: with ``union`` the normaliser runs over the tokens of all sets of the micro-batch; with
+    ``negatives`` it is estimated from those and shared uniform draws (importance-sampled softmax).
 
     Attributes:
-        kind: ``none``; ``union`` (a small matrix product); ``tail`` (the whole vocabulary, as costly as SFT).
+        kind: ``none``; ``union`` (a small matrix product, blind to tokens in no set of the micro-batch);
+            ``negatives`` (a somewhat larger one); ``tail`` (the whole vocabulary, as costly as SFT).
         weight: factor on the term.
 
     Raises:
@@ -32,7 +34,7 @@ class OffSupport:
     Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL.
     """
 
-    kind: Literal["none", "union", "tail"] = "union"
+    kind: Literal["none", "union", "negatives", "tail"] = "union"
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -40,10 +42,11 @@ class OffSupport:
             raise DomainError(f"off_support: weight = {self.weight} must not be negative; use kind none to drop it.")
 
     @property
-    def support(self) -> Literal["vocabulary", "union"] | None:
+    def support(self) -> Literal["vocabulary", "union", "negatives"] | None:
         """Tokens of the log-normaliser that the term needs."""
-        kinds: dict[str, Literal["vocabulary", "union"]] = {"union": "union", "tail": "vocabulary"}
-        return kinds.get(self.kind)
+        if self.kind == "none":
+            return None
+        return "vocabulary" if self.kind == "tail" else self.kind
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser of ``support``. Returns: the weighted sum over rows with an action, nats."""

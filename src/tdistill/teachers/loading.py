@@ -6,11 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tdistill.errors import ModelNotFoundError
+from tdistill.errors import ConfigError, ModelNotFoundError
 from tdistill.prompts import resolve_package_path
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -24,7 +26,7 @@ def resolve_model_folder(address: str, gguf_file: str | None = None) -> Path:
         ModelNotFoundError: nothing there, or the hub cannot be reached; names the address and the remedy.
     """
     if address.startswith("package:"):
-        return resolve_package_path(address)
+        return resolve_package_path(address, ModelNotFoundError)
     folder = Path(address).expanduser()
     if folder.is_dir():
         return folder
@@ -58,14 +60,14 @@ def weights_sha256(folder: Path, gguf_file: str | None = None) -> str:
         ModelNotFoundError: the folder holds no safetensors weights, or not the GGUF file.
     """
     names = [gguf_file] if gguf_file else sorted(p.name for p in folder.glob("*.safetensors"))
+    if not gguf_file and names:
+        names.append("config.json")
     if not names or not all((folder / name).is_file() for name in names):
-        wanted = gguf_file or "*.safetensors"
+        wanted = gguf_file or "*.safetensors with a config.json"
         raise ModelNotFoundError(
             f"The folder '{folder}' holds no {wanted}. tdistill reads safetensors or GGUF weights only; convert with "
             "model.save_pretrained(folder)."
         )
-    if not gguf_file:
-        names.append("config.json")
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
@@ -83,13 +85,23 @@ def load_causal_lm(
         dtype: name of a torch dtype, or ``auto``.
         **model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
     Raises:
-        ModelNotFoundError: not a loadable causal language model.
+        ModelNotFoundError: not a loadable causal language model, or weights without some of its parameters.
+        ConfigError: unknown dtype.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype = '{dtype}' is unknown. Use auto, float32, bfloat16 or float16.")
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **model_kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **source, **model_kwargs
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(f"'{folder}' is not a loadable causal language model: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
+        raise ModelNotFoundError(
+            f"The weights in '{folder}' lack {len(missing)} parameters of {type(model).__name__}, among them "
+            f"{missing[0]}. Save the whole model with model.save_pretrained(folder)."
+        )
     if not gguf_file:
         return model.eval()
     config = model.config.to_dict()

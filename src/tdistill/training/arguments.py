@@ -22,7 +22,8 @@ class TDistillConfig(TrainingArguments):
     Attributes:
         objective: name in the table of objectives, or a mapping with ``name`` and its hyperparameters.
         p: mass of the action sets, at most the store's p_max; None takes the store's.
-        off_support: pressure outside the sets: ``none``, ``union`` or ``tail``; used by objectives on sets only.
+        off_support: pressure outside the sets, used by objectives on sets only: ``none``, ``union``, ``negatives`` or
+            ``tail``.
         off_support_weight: factor on it.
         response_tokens_per_batch: response tokens of one micro-batch and process, on average.
         text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
@@ -32,7 +33,7 @@ class TDistillConfig(TrainingArguments):
 
     objective: str | dict[str, Any] = "iq_learn"
     p: float | None = None
-    off_support: Literal["none", "union", "tail"] = "union"
+    off_support: Literal["none", "union", "negatives", "tail"] = "union"
     off_support_weight: float = 1.0
     response_tokens_per_batch: int = 1024
     text_weight: float = 1.0

@@ -1,0 +1,122 @@
+"""Objectives, one transition at a time, from their printed definitions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from references.sets import log_sum_exp
+
+
+@dataclass(frozen=True)
+class State:
+    """A state with its action set and the student's numbers on it.
+
+    ``taken`` is the slot of the action in the set; None where no action counts (bootstrap state, dropped transition).
+    """
+
+    logits: np.ndarray
+    teacher_log_probs: np.ndarray
+    taken: int | None
+    normaliser: float = 0.0
+    value_head: float = 0.0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """States one after another; ``truncated`` episodes may end with a state in which no action was taken."""
+
+    states: list[State]
+    ends: Literal["terminal", "truncated"]
+    bootstrap: bool = False
+
+
+def projected(log_probs: np.ndarray) -> np.ndarray:
+    """proj_p π: the probabilities on the set, divided by their sum."""
+    probs = np.exp(np.asarray(log_probs, dtype=np.float64))
+    return probs / math.fsum(probs)
+
+
+def soft_value(q: np.ndarray) -> float:
+    """E_{proj_p π_Q}[Q − log proj_p π_Q], the second of the two equal forms of V_p."""
+    policy = np.exp(q - np.max(q))
+    policy = policy / policy.sum()
+    return float(sum(w * (x - math.log(w)) for w, x in zip(policy, q, strict=True) if w > 0))
+
+
+def soft_q(state: State, coordinates: str, q_floor: float | None) -> np.ndarray:
+    """Q on the set in the given coordinates."""
+    q = np.asarray(state.logits, dtype=np.float64)
+    if coordinates == "max_set":
+        q = q - max(q)
+    if q_floor is not None:
+        q = np.array([max(x, q_floor) for x in q])
+    if coordinates == "value_head":
+        q = q - log_sum_exp(q) + state.value_head
+    return q
+
+
+def iq_learn(
+    episodes: list[Episode],
+    alpha: float,
+    gamma: float,
+    coordinates: str = "raw",
+    first_order: str = "sampled",
+    q_floor: float | None = None,
+) -> float:
+    """−J = −Σ φ(Q(s,a) − γV(s')) + V(s) − γV(s'), φ(x) = x − x²/(4α), as printed and not telescoped.
+
+    ``expected`` puts the expectation under proj_p π* on φ's linear part. Where the next value is unknown, φ loses its
+    quadratic part; the linear part does not depend on that value.
+    """
+    objective = 0.0
+    for episode in episodes:
+        for t, state in enumerate(episode.states):
+            if state.taken is None:
+                continue
+            q = soft_q(state, coordinates, q_floor)
+            value = soft_value(q)
+            known = True
+            if t + 1 < len(episode.states):
+                following = soft_value(soft_q(episode.states[t + 1], coordinates, q_floor))
+            else:
+                following, known = 0.0, episode.ends == "terminal"
+            reward = q[state.taken] - gamma * following
+            linear = reward
+            if first_order == "expected":
+                linear = float(projected(state.teacher_log_probs) @ (q - gamma * following))
+            quadratic = reward**2 / (4 * alpha) if known and math.isfinite(alpha) else 0.0
+            objective += (linear - quadratic) - (value - gamma * following)
+    return -objective
+
+
+def sft(episodes: list[Episode]) -> float:
+    """Σ −log softmax(logits)[a] over the support of the normaliser."""
+    return sum(s.normaliser - float(s.logits[s.taken]) for e in episodes for s in e.states if s.taken is not None)
+
+
+def off_support(episodes: list[Episode]) -> float:
+    """Σ −Z log P − (1 − Z) log(1 − P), P = Σ_{a ∈ A} exp(Q(s,a) − L)."""
+    total = 0.0
+    for state in (s for e in episodes for s in e.states if s.taken is not None):
+        covered = math.fsum(np.exp(state.teacher_log_probs))
+        inside = math.fsum(np.exp(np.asarray(state.logits) - state.normaliser))
+        total += -covered * math.log(inside) - (1 - covered) * math.log(1 - inside)
+    return total
+
+
+def kl_teacher_student(teacher_probs: np.ndarray, student_probs: np.ndarray) -> float:
+    """Σ π log(π / π_Q) over outcomes with π > 0."""
+    return math.fsum(t * math.log(t / s) for t, s in zip(teacher_probs, student_probs, strict=True) if t > 0)
+
+
+def set_tail_kl(state: State) -> float:
+    """KL between the distributions over the tokens of the set and one more outcome, all the others."""
+    teacher = np.exp(np.asarray(state.teacher_log_probs, dtype=np.float64))
+    student = np.exp(np.asarray(state.logits, dtype=np.float64) - state.normaliser)
+    return kl_teacher_student(
+        np.append(teacher, max(0.0, 1 - math.fsum(teacher))), np.append(student, 1 - math.fsum(student))
+    )

@@ -1,0 +1,209 @@
+"""Top-p sets: exact against a slow reference, nested, and sampled from in the right proportions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references.sets import possible_sizes, top_p_set
+
+from tdistill import actions
+from tdistill.actions import check_p, nested_sizes, sample_from_sets, top_p_sets
+from tdistill.errors import ProbabilityRangeError
+from tdistill.types import ActionSets
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
+# Cumulative masses of float64 log-probabilities; the reference adds with exact rounding.
+SLACK_64 = 1e-12
+# Log-probabilities in float32: about 2⁻²⁴ of log-probabilities up to 16, on a mass of at most 1.
+SLACK_32 = 2e-6
+
+
+def assert_sets(sets: ActionSets, logits: np.ndarray, p: float, cap: int | None, temperature: float, slack: float):
+    for row in range(len(logits)):
+        part = slice(sets.offsets[row], sets.offsets[row + 1])
+        ids = sets.ids[part].tolist()
+        assert len(ids) in possible_sizes(logits[row], p, cap, temperature, slack)
+        wanted = top_p_set(logits[row], 1.0, len(ids), temperature)
+        assert ids == wanted.ids
+        np.testing.assert_allclose(sets.log_probs[part], wanted.log_probs, rtol=slack, atol=slack)
+        np.testing.assert_allclose(sets.covered_mass[row], wanted.mass, rtol=1e-6 + slack)
+        np.testing.assert_allclose(sets.log_sum_exp[row], wanted.log_sum_exp, rtol=slack, atol=slack)
+
+
+def rows_of_logits(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[np.ndarray]:
+    """Matrices of few distinct values (many exact ties), of random values, and with tokens of probability 0."""
+    tied = st.sampled_from([-np.inf, -3.0, 0.0, 0.5, 0.5, 1.0, 4.0])
+    spread = st.floats(-8, 8, width=32)
+
+    def matrix(size: int) -> st.SearchStrategy[np.ndarray]:
+        row = st.one_of(
+            st.lists(tied, min_size=size, max_size=size),
+            st.lists(spread, min_size=size, max_size=size),
+            st.sampled_from([-3.0, 0.0, 2.5]).map(lambda level: [level] * size),
+        ).filter(lambda values: max(values) > -np.inf)
+        return st.lists(row, min_size=1, max_size=4).map(np.array)
+
+    return sizes.flatmap(matrix)
+
+
+P = st.one_of(st.floats(0.01, 0.999), st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.8, 0.95, 1.0]))
+CAP = st.one_of(st.none(), st.integers(1, 50))
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(1, 12)), P, CAP, st.sampled_from([1.0, 0.7, 2.0]))
+def test_sets_of_a_vocabulary_not_larger_than_the_first_width(logits, p, cap, temperature):
+    sets = top_p_sets(torch.from_numpy(logits), p, cap, temperature)
+    assert_sets(sets, logits, p, cap, temperature, SLACK_64)
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(17, 40)), P, CAP)
+def test_sets_after_two_rounds_of_widening(logits, p, cap):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actions, "_FIRST_WIDTH", 4)
+        patch.setattr(actions, "_WIDENING", 4)
+        sets = top_p_sets(torch.from_numpy(logits), p, cap)
+    assert_sets(sets, logits, p, cap, 1.0, SLACK_64)
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(2, 30)), P, CAP)
+def test_sets_of_float32_logits(logits, p, cap):
+    logits = logits.astype(np.float32)
+    assert_sets(top_p_sets(torch.from_numpy(logits), p, cap), logits, p, cap, 1.0, SLACK_32)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8, 0.99])
+def test_sets_at_the_real_widths_with_rows_that_settle_in_different_rounds(p):
+    rng = np.random.default_rng(3)
+    logits = np.stack(
+        [
+            np.zeros(600),  # needs up to 594 of 600 tokens: both rounds of widening
+            rng.normal(size=600) * 6,  # sharp: settles at once
+            rng.normal(size=600) * 0.5,  # flat
+            rng.integers(0, 3, size=600).astype(float),  # three levels, about 200 ties each
+            np.where(np.arange(600) == 599, 20.0, 0.0),  # the last token takes it all
+        ]
+    )
+    sets = top_p_sets(torch.from_numpy(logits), p)
+    assert_sets(sets, logits, p, None, 1.0, SLACK_64)
+    assert np.diff(sets.offsets)[1] < 64
+    assert p < 0.9 or np.diff(sets.offsets)[0] > 512
+
+
+def test_a_set_by_hand():
+    # Probabilities 0.1, 0.4, 0.4, 0.1: at p = 0.5 the two 0.4 are needed, the lower id first; at 0.85 one of the
+    # tied 0.1 joins, the lower id.
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.4, 0.1]], dtype=torch.float64)) + 7
+    assert top_p_sets(logits, 0.39).ids.tolist() == [1]
+    assert top_p_sets(logits, 0.5).ids.tolist() == [1, 2]
+    sets = top_p_sets(logits, 0.85)
+    assert sets.ids.tolist() == [1, 2, 0]
+    assert sets.covered_mass[0] == pytest.approx(0.9)
+    assert sets.log_sum_exp[0] == pytest.approx(7.0)
+    assert top_p_sets(logits, 1.0).ids.tolist() == [1, 2, 0, 3]
+
+
+def test_cap_records_the_mass_as_it_is():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]], dtype=torch.float64))
+    sets = top_p_sets(logits, 0.95, max_actions=2)
+    assert sets.ids.tolist() == [1, 2]
+    assert sets.covered_mass[0] == pytest.approx(0.7)
+
+
+def test_temperature_two_takes_square_roots_of_probabilities():
+    # Probabilities 0.64 : 0.36 become 0.8 : 0.6 over 1.4.
+    logits = torch.log(torch.tensor([[0.36, 0.64]], dtype=torch.float64))
+    sets = top_p_sets(logits, 0.5, temperature=2.0)
+    assert sets.ids.tolist() == [1]
+    assert math.exp(sets.log_probs[0]) == pytest.approx(0.8 / 1.4)
+
+
+def test_half_precision_logits_are_ranked_with_their_ties():
+    logits = torch.tensor([[1.0, 1.001, 0.999, 3.0]]).bfloat16()  # the first three round to one number
+    assert top_p_sets(logits, 0.95).ids.tolist() == [3, 0, 1, 2]
+
+
+def test_no_states_give_no_sets():
+    sets = top_p_sets(torch.zeros(0, 5), 0.8)
+    assert len(sets) == 0
+    assert len(sets.ids) == len(sets.covered_mass) == 0
+
+
+@pytest.mark.parametrize("p", [0.0, -0.1, 1.0001, float("nan")])
+def test_p_outside_its_range_is_refused(p):
+    with pytest.raises(ProbabilityRangeError, match="outside"):
+        check_p(p)
+    with pytest.raises(ProbabilityRangeError):
+        top_p_sets(torch.zeros(1, 3), p)
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(2, 30)), st.floats(0.05, 0.999), st.floats(0.01, 1.0))
+def test_nested_sizes_are_those_of_the_sets_computed_at_p(logits, p_max, fraction):
+    p = p_max * fraction
+    stored = top_p_sets(torch.from_numpy(logits), p_max)
+    for log_probs, slack in [(stored.log_probs, SLACK_64), (stored.log_probs.astype(np.float32), SLACK_32)]:
+        sizes = nested_sizes(replace(stored, log_probs=log_probs), p)
+        for row, size in enumerate(sizes):
+            assert size in possible_sizes(logits[row], p, None, 1.0, slack)
+            assert 1 <= size <= stored.offsets[row + 1] - stored.offsets[row]
+
+
+def test_nested_sizes_equal_a_second_pass_over_the_teacher():
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 300)) * 2)
+    stored = top_p_sets(logits, 0.95)
+    for p in (0.1, 0.5, 0.8, 0.95):
+        again = top_p_sets(logits, p)
+        sizes = nested_sizes(stored, p)
+        assert sizes.tolist() == np.diff(again.offsets).tolist()
+        for row, size in enumerate(sizes):
+            start, own = stored.offsets[row], again.offsets[row]
+            assert stored.ids[start : start + size].tolist() == again.ids[own : own + size].tolist()
+    float32 = replace(stored, log_probs=stored.log_probs.astype(np.float32))
+    assert (np.abs(nested_sizes(float32, 0.8) - nested_sizes(stored, 0.8)) <= 1).all()
+
+
+def test_nested_sizes_of_capped_and_empty_sets():
+    # Masses 0.4, 0.3 | nothing | 0.5: the cap left the first set at 0.7, so p = 0.9 takes all that there is.
+    sets = ActionSets(
+        offsets=np.array([0, 2, 2, 3]),
+        ids=np.array([4, 1, 9], dtype=np.int32),
+        log_probs=np.log([0.4, 0.3, 0.5]),
+        covered_mass=np.array([0.7, 0.0, 0.5], dtype=np.float32),
+        log_sum_exp=np.zeros(3, dtype=np.float32),
+    )
+    assert nested_sizes(sets, 0.9).tolist() == [2, 0, 1]
+    assert nested_sizes(sets, 0.39).tolist() == [1, 0, 1]
+
+
+def test_samples_are_the_quantiles_of_the_projected_distribution():
+    # Set {7, 2} with masses 0.6 and 0.2: projected 0.75 and 0.25.
+    sets = ActionSets(
+        offsets=np.array([0, 2]),
+        ids=np.array([7, 2], dtype=np.int32),
+        log_probs=np.log([0.6, 0.2]),
+        covered_mass=np.array([0.8], dtype=np.float32),
+        log_sum_exp=np.zeros(1, dtype=np.float32),
+    )
+    for uniform, token in [(0.0, 7), (0.7499, 7), (0.7501, 2), (1 - 2**-53, 2)]:
+        assert sample_from_sets(sets, np.array([uniform])).tolist() == [token]
+
+
+def test_sample_frequencies_follow_the_projected_probabilities():
+    logits = torch.from_numpy(np.random.default_rng(5).normal(size=(1, 40)) * 1.5)
+    one = top_p_sets(logits, 0.8)
+    num = 20_000
+    many = top_p_sets(logits.expand(num, -1), 0.8)
+    drawn = sample_from_sets(many, (np.arange(num) + 0.5) / num)  # evenly spread numbers: no chance involved
+    wanted = np.exp(one.log_probs) / np.exp(one.log_probs).sum()
+    counts = np.array([(drawn == token).sum() for token in one.ids])
+    assert counts.sum() == num
+    np.testing.assert_allclose(counts / num, wanted, atol=1.5 / num)
