@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def random_episodes(seed: int, copies: int = 1) -> list[Episode]:
         episodes += [
             Episode(states(3, 1, 5, 2), "terminal"),
             Episode(states(4, 2, 6, 3, idle=(3,)), "truncated", bootstrap=True),
-            Episode(states(2, 4, 1), "truncated"),
+            Episode(states(2, 1, 4), "truncated"),
             Episode(states(3, 4, 2, 5, 3, idle=(0, 2)), "terminal"),
             Episode(states(6, 2, idle=(1,)), "terminal"),
             Episode(states(1), "terminal"),
@@ -95,9 +96,9 @@ def gradients(stats: ActionStats) -> dict[str, Tensor]:
     }
 
 
-def tiny_llama(vocab_size: int = 48, seed: int = 0, **settings: object) -> PreTrainedModel:
+def tiny_llama(vocab_size: int = 48, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random two-layer Llama in evaluation mode, with weights large enough for uneven logits."""
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,

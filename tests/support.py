@@ -135,7 +135,9 @@ def tiny_prompts(
     )
 
 
-def capture_tiny(teacher: HFTeacher, file: Path, path: Path, settings: SamplingSettings, mode: str = "generate") -> Store:
+def capture_tiny(
+    teacher: HFTeacher, file: Path, path: Path, settings: SamplingSettings, mode: str = "generate"
+) -> Store:
     """Capture one answer to each prompt of a file, or score the answers in it."""
     template = choose_template(teacher.tokenizer)
     return capture(
@@ -143,7 +145,7 @@ def capture_tiny(teacher: HFTeacher, file: Path, path: Path, settings: SamplingS
         tiny_prompts(teacher, file, settings, with_answers=mode == "score"),
         path,
         settings,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         tokenizer_sha256=tokenizer_sha256(teacher.tokenizer),
         template={"kind": template.kind, "sha256": template.sha256},
         progress=False,

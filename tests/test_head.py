@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from builders import tiny_llama, tiny_model
@@ -23,7 +25,7 @@ from transformers import (
 from tdistill.errors import UnsupportedModelError
 from tdistill.head import OutputHead, check_head, compute_dtype, output_head
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -55,7 +57,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def last_hidden(model) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1), model(input_ids=ids).logits.flatten(0, 1)
+        return model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1), model(input_ids=ids).logits.flatten(
+            0, 1
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

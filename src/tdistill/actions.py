@@ -48,7 +48,9 @@ def top_p_sets(logits_NV: Tensor, p: float, max_actions: int | None = None, temp
 
     pending = torch.arange(num_rows, device=work.device)
     width = num_tokens if p == 1.0 else min(_FIRST_WIDTH, num_tokens)
-    row_parts, id_parts, log_prob_parts = [], [], []
+    row_parts: list[Tensor] = []
+    id_parts: list[Tensor] = []
+    log_prob_parts: list[Tensor] = []
     while len(pending) or not row_parts:  # one round even for no rows: it gives the empty parts their dtypes
         values, ids = torch.topk(work[pending], width, dim=-1, sorted=False)
         # Ascending ids first, then a stable sort by value: equal values stay in order of their ids.

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import math
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tdistill.actions import check_p
-from tdistill.errors import ConfigError, ProbabilityRangeError, did_you_mean
+from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, did_you_mean
 from tdistill.evaluation.records import EvaluationSettings
+from tdistill.objectives import OBJECTIVES, Objective, objective_class
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
+from tdistill.types import ActionStats, Ends
 
 # Set by the run itself, never by a recipe.
 _RESERVED_ARGUMENTS = ("output_dir",)
+# Subjects of every evaluation; phases get other names.
+_RESERVED_PHASES = ("start", "teacher")
+# Names of folders.
+_PHASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# What the dev split is measured by, and whether more is better; without action sets only the first exists.
+_DEV_METRICS = {"nll": False, "kl_set_tail": False, "mass_outside_set": False, "agreement_top1": True}
+
+_Text = Annotated[str, StringConstraints(min_length=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -32,7 +55,7 @@ class TeacherConfig(_Strict):
     """Where the teacher is. ``model_kwargs`` is passed to ``from_pretrained`` (quantised loading and the like)."""
 
     kind: Literal["hf"] = "hf"
-    model: str
+    model: _Text
     gguf_file: str | None = None
     dtype: str = "auto"
     device_map: str | None = None
@@ -42,13 +65,13 @@ class TeacherConfig(_Strict):
 class DataConfig(_Strict):
     """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets. Dev chooses checkpoints, held-out reports."""
 
-    train: str
-    dev: str
-    held_out: str
+    train: _Text
+    dev: _Text
+    held_out: _Text
     train_split: str = "train"
     dev_split: str = "train"
     held_out_split: str = "train"
-    text: str | None = None
+    text: _Text | None = None
     text_tokens: int = Field(128, ge=2)
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
     turns: Literal["last", "all"] = "last"
@@ -60,9 +83,9 @@ class CaptureConfig(_Strict):
     """How the teacher is asked; see :class:`~tdistill.teachers.base.SamplingSettings`."""
 
     mode: Literal["generate", "score"] = "generate"
-    p_max: float = 0.95
+    p_max: float = 0.8
     max_actions: int | None = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: _Positive = 1.0
     max_new_tokens: int = Field(256, ge=1)
     answers_per_prompt: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -76,6 +99,14 @@ class CaptureConfig(_Strict):
         check_p(value, "capture.p_max")
         return value
 
+    @model_validator(mode="after")
+    def _given_answers_are_scored_once(self) -> CaptureConfig:
+        if self.mode == "score" and self.answers_per_prompt != 1:
+            raise ValueError(
+                f"answers_per_prompt = {self.answers_per_prompt}, but mode: score scores each given answer once; use 1"
+            )
+        return self
+
     def sampling(self) -> SamplingSettings:
         """Return the settings that a teacher takes."""
         return SamplingSettings(self.p_max, self.max_actions, self.temperature, self.max_new_tokens, self.seed)
@@ -84,7 +115,7 @@ class CaptureConfig(_Strict):
 class StudentConfig(_Strict):
     """The start of training: an existing ``model``, or the teacher with only ``layers`` of its layers."""
 
-    model: str | None = None
+    model: _Text | None = None
     layers: int | None = Field(None, ge=1)
     method: Literal["block_influence", "even"] = "block_influence"
     calibration_answers: int = Field(32, ge=1)
@@ -113,18 +144,26 @@ class PhaseConfig(_Strict):
     @field_validator("args")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        known = {field.name for field in fields(TDistillConfig) if field.init} - set(_RESERVED_ARGUMENTS)
-        for key in value:
-            if key not in known:
-                raise ConfigError(f"Unknown training argument '{key}'.{did_you_mean(key, known)}")
-        return value
+        checked = _checked_fields(TDistillConfig, value, "training argument '{}'", without=_RESERVED_ARGUMENTS)
+        objective = checked.get("objective")
+        if isinstance(objective, str):
+            _objective_class(objective)
+        elif objective is not None:
+            settings = {key: setting for key, setting in objective.items() if key != "name"}
+            # Without this, `objective.alpha=1` over `objective: sft` would quietly become another objective.
+            if "name" not in objective:
+                raise ValueError(f"objective = {objective} has no name. Known: {', '.join(sorted(OBJECTIVES))}.")
+            name = objective["name"]
+            settings = _checked_fields(_objective_class(name), settings, f"setting '{{}}' of objective {name}")
+            checked["objective"] = {"name": name, **settings}
+        return checked
 
 
 class Recipe(_Strict):
     """A complete run."""
 
-    name: str
-    output: str
+    name: _Text
+    output: _Text
     teacher: TeacherConfig
     data: DataConfig
     capture: CaptureConfig = CaptureConfig()
@@ -143,14 +182,37 @@ class Recipe(_Strict):
             value = {**value, "evaluation": {"max_new_tokens": length, **value.get("evaluation", {})}}
         return value
 
+    @field_validator("peft")
+    @classmethod
+    def _known_adapter_settings(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError(
+                f"adapters need the package peft ({error}); pip install 'tdistill[peft]', or leave this empty"
+            ) from error
+        checked = _checked_fields(LoraConfig, value, "setting '{}' of peft.LoraConfig")
+        try:
+            LoraConfig(**checked)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return checked
+
     @model_validator(mode="after")
     def _phases_in_order(self) -> Recipe:
         if not any(not phase.control for phase in self.phases.values()):
             raise ValueError("phases needs at least one phase that is no control")
         seen = ["start"]
         for name, phase in self.phases.items():
-            if name in ("start", "teacher"):
+            if name in _RESERVED_PHASES:
                 raise ValueError(f"phases: '{name}' is reserved; choose another name")
+            if not _PHASE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"phases: '{name}' is to be a folder's name; use letters, digits, '_', '-' and '.', and begin with "
+                    "a letter or digit"
+                )
             if phase.init is not None and phase.init not in seen:
                 raise ValueError(f"phases.{name}.init = '{phase.init}' is no earlier phase; earlier: {', '.join(seen)}")
             seen.append(name)
@@ -158,13 +220,38 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _phases_can_start(self) -> Recipe:
+        p_max = self.capture.p_max
         for name in self.phases:
-            args = self.arguments(name, "unused")
-            if args.p is not None and args.p > self.capture.p_max:
+            where, args = f"phases.{name}.args", self.arguments(name, "unused")
+            if args.p is not None and args.p > p_max:
                 raise ProbabilityRangeError(
-                    f"phases.{name}.args.p = {args.p} is above capture.p_max = {self.capture.p_max}. Lower p or "
-                    "raise p_max."
+                    f"{where}.p = {args.p} is above capture.p_max = {p_max}. Lower p or raise p_max."
                 )
+            if p_max == 1.0:
+                _check_without_sets(args, where)
+            _check_dev_metric(args, where, without_sets=p_max == 1.0)
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_can_run(self) -> Recipe:
+        subjects = ["start", *self.phases]
+        if self.evaluation.start not in subjects:
+            raise ValueError(
+                f"evaluation.start = '{self.evaluation.start}' is not evaluated."
+                f"{did_you_mean(self.evaluation.start, subjects)}"
+            )
+        for subject in (name for pair in self.evaluation.compare for name in pair):
+            if subject not in ("teacher", *subjects):
+                raise ValueError(
+                    f"evaluation.compare names '{subject}', which is not evaluated."
+                    f"{did_you_mean(subject, ['teacher', *subjects])}"
+                )
+        for key in ("seeds", "teacher_seeds"):
+            seeds = getattr(self.evaluation, key)
+            if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
+                raise ValueError(f"evaluation.{key} = {list(seeds)} must be different numbers from 0 on")
+        if not math.isfinite(self.evaluation.temperature):
+            raise ValueError(f"evaluation.temperature = {self.evaluation.temperature} must be finite; use 1")
         return self
 
     def arguments(self, name: str, output_dir: str) -> TDistillConfig:
@@ -174,7 +261,10 @@ class Recipe(_Strict):
             ConfigError: a value that transformers or an objective refuses; names the phase.
         """
         try:
-            return TDistillConfig(output_dir=output_dir, **self.phases[name].args)
+            # Left open, transformers turns its bar off with its log and prints a line per log instead.
+            return TDistillConfig(output_dir=output_dir, **{"disable_tqdm": False, **self.phases[name].args})
+        except TDistillError as error:
+            raise type(error)(f"phases.{name}.args: {error}") from error
         except (TypeError, ValueError, ImportError) as error:
             raise ConfigError(f"phases.{name}.args: {error}") from error
 
@@ -199,7 +289,8 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # Not in JSON mode, which has no infinity.
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -220,19 +311,112 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"The recipe '{path}' must be a mapping of keys to values.")
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
             raise ConfigError(f"Override '{override}' must have the form key.subkey=value.")
         try:
-            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+            # By the same rules as the file: 5e-4 is a number.
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+            OmegaConf.update(tree, key.strip(), value, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"Override '{override}' cannot be applied: {error}") from None
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"Override '{override}' cannot be applied: {reason}.") from None
     try:
-        return Recipe.model_validate(OmegaConf.to_container(tree, resolve=True))
+        return Recipe.model_validate(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"The recipe '{path}' does not resolve: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"The recipe '{path}' is not valid:\n" + "\n".join(map(_explain, error.errors()))) from None
+
+
+def _checked_fields(cls: type, values: Mapping[str, Any], what: str, without: Collection[str] = ()) -> dict[str, Any]:
+    """Values for fields of a dataclass, which itself does not look at types, converted to the types it declares.
+
+    Args:
+        cls: the dataclass.
+        values: of some of its fields.
+        what: names a field in a message, '{}' standing for its key.
+        without: fields that may not be given.
+    Raises:
+        ValueError: unknown field (with a suggestion), or a value of another type.
+    """
+    known = {field.name for field in fields(cls) if field.init} - set(without)
+    kinds = typing.get_type_hints(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"unknown {what.format(key)}.{did_you_mean(str(key), known)}")
+        try:
+            checked[key] = TypeAdapter(kinds[key]).validate_python(value)
+        except ValidationError as error:
+            reasons = dict.fromkeys(reason["msg"] for reason in error.errors())
+            raise ValueError(f"{what.format(key)}: {'; or '.join(reasons)} (given: {value!r})") from None
+    return checked
+
+
+def _objective_class(name: Any) -> type:
+    if not isinstance(name, str):
+        raise ValueError(f"the name of an objective must be a text (given: {name!r})")
+    try:
+        return objective_class(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_without_sets(args: TDistillConfig, where: str) -> None:
+    """Raise ConfigError unless a phase can train on trajectories without action sets."""
+    objective = args.build_objective()
+    if not objective.uses_sets:
+        return
+    if args.p not in (None, 1.0):
+        raise ProbabilityRangeError(
+            f"{where}.p = {args.p}, but capture.p_max = 1 keeps no action sets. Leave p empty, or lower p_max."
+        )
+    if args.off_support != "none":
+        raise ConfigError(
+            f"{where}.off_support = {args.off_support} has nothing to act on at capture.p_max = 1. Set it to none."
+        )
+    try:
+        objective(_one_position_without_set(objective))
+    except TDistillError as error:
+        raise type(error)(f"{where}, capture.p_max = 1: {error}") from error
+
+
+def _one_position_without_set(objective: Objective) -> ActionStats:
+    none, one = torch.zeros(0), torch.zeros(1)
+    return ActionStats(
+        offsets=torch.zeros(2, dtype=torch.int64),
+        q_M=none,
+        log_prob_teacher_M=none,
+        q_taken_N=one,
+        sequence_N=torch.zeros(1, dtype=torch.int64),
+        has_action_N=torch.ones(1, dtype=torch.bool),
+        ends_N=torch.tensor([int(Ends.TERMINAL)]),
+        log_normaliser_N=one,
+        normaliser_support="vocabulary",
+        value_N=one if objective.needs_value_head else None,
+        full_support=True,
+    )
+
+
+def _check_dev_metric(args: TDistillConfig, where: str, without_sets: bool) -> None:
+    """Raise ConfigError unless the metric that chooses a checkpoint will be measured, and in the right direction."""
+    if args.metric_for_best_model is None:
+        return
+    # The trainer puts nll in the place of its own default where no sets are listed.
+    only_nll = without_sets and args.metric_for_best_model != "eval_kl_set_tail"
+    known = ["nll"] if only_nll else list(_DEV_METRICS)
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if metric not in known:
+        raise ConfigError(
+            f"{where}.metric_for_best_model = '{args.metric_for_best_model}' is not measured on the dev split."
+            f"{did_you_mean(metric, known)}"
+        )
+    if bool(args.greater_is_better) != _DEV_METRICS[metric]:
+        raise ConfigError(
+            f"{where}.greater_is_better = {args.greater_is_better} would keep the worst {metric}. "
+            f"Set it to {str(_DEV_METRICS[metric]).lower()}."
+        )
 
 
 def _explain(error: Any) -> str:
@@ -240,7 +424,9 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"  {where}: unknown key.{did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
-    given = "" if error["type"] in ("missing", "value_error") else f" (given: {error['input']!r})"
+    if error["type"] == "value_error":
+        return f"  {where or 'recipe'}: {error['ctx']['error']}"
+    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
     return f"  {where or 'recipe'}: {error['msg']}{given}"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,36 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from tdistill.config import Recipe
-from tdistill.errors import NoSpaceError, RunFolderError, StoreIdentityError
+from tdistill.errors import (
+    ConfigError,
+    DataFileError,
+    EmptyPromptSetError,
+    ModelNotFoundError,
+    NoSpaceError,
+    ProbabilityRangeError,
+    PromptTooLongError,
+    RunFolderError,
+    StoreIdentityError,
+    TeacherLogitsError,
+)
 from tdistill.evaluation.evaluate import evaluate
-from tdistill.evaluation.records import Results
 from tdistill.evaluation.sparsity import sparsity
-from tdistill.prompts import Record, choose_template, read_records, tokenize_prompts, tokenizer_sha256
+from tdistill.head import check_head
+from tdistill.prompts import (
+    Record,
+    Template,
+    check_same_tokenizer,
+    check_vocabulary,
+    choose_template,
+    read_records,
+    resolve_package_path,
+    tokenize_prompts,
+    tokenizer_sha256,
+)
 from tdistill.reports.card import write_model_card
 from tdistill.reports.html import write_report
 from tdistill.reports.write import write_atomically
@@ -34,7 +56,8 @@ from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
-from tdistill.training.trainer import TDistillTrainer
+from tdistill.training.trainer import TDistillTrainer, last_checkpoint
+from tdistill.types import PromptTokens
 
 SPLITS = ("train", "dev", "held_out")
 log = logging.getLogger(__name__)
@@ -69,26 +92,24 @@ class Run:
         return self.report()
 
     def capture(self) -> None:
-        """Ask the teacher for the trajectories of all splits, and make the start of training from it."""
-        started, teacher = time.perf_counter(), None
+        """Ask the teacher for the trajectories of all splits, and make the start of training from it.
+
+        Everything that can be refused is refused before the first answer, which may be hours before the last one.
+        """
+        started = time.perf_counter()
         capture = self.recipe.capture
+        records = {split: self.records(split) for split in SPLITS}
+        self._references(records["held_out"])
+        self._texts()
+        teacher = self.load_teacher()
+        template = choose_template(teacher.tokenizer, self.recipe.data.template)
+        prompts = {split: self._prompts(split, records[split], teacher, template) for split in SPLITS}
+        self._check_models(teacher, [prompt for split in SPLITS for prompt in prompts[split]])
         for split in SPLITS:
-            teacher = teacher or self.load_teacher()
-            template = choose_template(teacher.tokenizer, self.recipe.data.template)
-            prompts = tokenize_prompts(
-                self.records(split),
-                teacher.tokenizer,
-                template,
-                end_token_ids=teacher.end_token_ids,
-                max_prompt_tokens=self.recipe.data.max_prompt_tokens,
-                max_new_tokens=capture.max_new_tokens,
-                turns=self.recipe.data.turns,
-                with_answers=capture.mode == "score",
-                too_long=self.recipe.data.too_long,
-            )
-            capture_store(
+            before = self._captured(split)
+            store = capture_store(
                 teacher,
-                prompts,
+                prompts[split],
                 self.store_path(split),
                 capture.sampling(),
                 mode=capture.mode,
@@ -99,12 +120,24 @@ class Run:
                 tokenizer_sha256=tokenizer_sha256(teacher.tokenizer),
                 template={"kind": template.kind, "sha256": template.sha256},
             )
+            if before is not None and len(store) > before and (self.folder / "phases").is_dir():
+                self.say(
+                    f"the store of {split} has grown from {before} to {len(store)} answers; what was trained and "
+                    f"measured before stays as it is. Delete {self.folder}/phases, student, results.json and "
+                    "report.html to do it again."
+                )
         self._make_start(teacher)
         self._note_time("capture", time.perf_counter() - started)
 
     def train(self) -> None:
         """Train every phase that is not trained yet. Needs the stores and the start, not the teacher."""
         stores = {split: Store.open(self.store_path(split)) for split in ("train", "dev")}
+        for name in self.recipe.phases:
+            if (p := self.recipe.arguments(name, "unused").p) is not None and p > stores["train"].p_max:
+                raise ProbabilityRangeError(
+                    f"phases.{name}.args.p = {p} is above p_max = {stores['train'].p_max} of the store "
+                    f"{stores['train'].path}. Lower p, or capture again into another folder."
+                )
         self._make_start(None)
         for name in self.recipe.phases:
             self._train_phase(name, stores)
@@ -112,20 +145,22 @@ class Run:
             _publish_copy(self.phase_path(self.recipe.final_phase), self.folder / "student")
         self._join_metrics()
 
-    def evaluate(self) -> Results:
-        """Measure teacher, start and phases on the held-out split; write ``results.json``."""
+    def evaluate(self) -> Path:
+        """Measure teacher, start and phases on the held-out split; write ``results.json`` and return its path."""
         path = self.folder / "results.json"
         if path.is_file():
             self.say(f"reuses the results in {path}")
-            return Results.from_json(path.read_text(encoding="utf-8"))
+            return path
         started = time.perf_counter()
         held_out, train = Store.open(self.store_path("held_out")), Store.open(self.store_path("train"))
+        for name in ("start", *self.recipe.phases):
+            if not self.phase_path(name).is_dir():
+                raise ModelNotFoundError(
+                    f"{self.phase_path(name)} is missing: {name} is not trained yet. Run `tdistill train` first."
+                )
+        references = self._references(self.records("held_out"))
         teacher = self.load_teacher()
-        if teacher.identity["weights_sha256"] != held_out.identity["teacher"]["weights_sha256"]:
-            raise StoreIdentityError(
-                f"The teacher's weights have hash {teacher.identity['weights_sha256']}, the store {held_out.path} was "
-                f"made by {held_out.identity['teacher']['weights_sha256']}. Point teacher.model to that teacher."
-            )
+        self._check_teacher(teacher, held_out)
         subjects = {"start": self._load(self.folder / "start")}
         subjects |= {name: self._load(self.phase_path(name)) for name in self.recipe.phases}
         pairs = tuple((self.recipe.final_phase, control) for control in self.recipe.controls)
@@ -135,7 +170,7 @@ class Run:
             teacher.model,
             teacher.tokenizer,
             [held_out[i] for i in range(len(held_out))],
-            self._references(),
+            references,
             end_token_ids=held_out.end_token_ids,
             settings=settings,
         )
@@ -148,8 +183,8 @@ class Run:
             "summary": self._summary(subjects, teacher),
             "sparsity": sparsity(train),
         }
-        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        return results
+        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
 
     def report(self) -> Path:
         """Write ``report.html`` and the student's model card from the run's JSON files."""
@@ -173,9 +208,16 @@ class Run:
         config = self.recipe.teacher
         self.say(f"loads the teacher {config.model}")
         extra = {} if config.device_map is None else {"device_map": config.device_map}
-        return HFTeacher.from_pretrained(
-            config.model, gguf_file=config.gguf_file, dtype=config.dtype, **extra, **config.model_kwargs
-        )
+        try:
+            return HFTeacher.from_pretrained(
+                config.model, gguf_file=config.gguf_file, dtype=config.dtype, **extra, **config.model_kwargs
+            )
+        except TypeError as error:
+            if not config.model_kwargs:
+                raise
+            raise ConfigError(
+                f"teacher.model_kwargs = {config.model_kwargs}: from_pretrained refuses them: {error}."
+            ) from error
 
     def records(self, split: str) -> list[Record]:
         """Read the prompts of a split."""
@@ -183,24 +225,108 @@ class Run:
         return read_records(getattr(data, split), getattr(data, f"{split}_split"))
 
     def _claim_folder(self) -> None:
-        path, text = self.folder / "recipe.yaml", self.recipe.to_yaml()
-        if path.is_file():
-            differing = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
-            if differing:
-                raise RunFolderError(
-                    f"{self.folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
-                    "Choose another folder with output=FOLDER, or delete this one."
-                )
-            done = (self.folder / "report.html").is_file()
-            self.say(f"{'reuses' if done else 'resumes'} the run in {self.folder}")
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        path, environment_path = self.folder / "recipe.yaml", self.folder / "environment.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Hidden files are what a kill has left of something unfinished.
+            files = {file for file in self.folder.rglob("*") if file.is_file() and not file.name.startswith(".")}
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.folder} cannot be used: {error.strerror}. Choose another folder with output=FOLDER."
+            ) from error
+        if files and path not in files:
             raise RunFolderError(
                 f"{self.folder} exists and is no run of tdistill. Choose another folder with output=FOLDER."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        write_atomically(path, text)
+        differing = self._differing(path) if files else []
+        # A run that was refused before its first answer leaves these two; its recipe may be corrected.
+        if differing and files != {path, environment_path}:
+            raise RunFolderError(
+                f"{self.folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
+                "Choose another folder with output=FOLDER, or delete this one."
+            )
+        if not files or differing:
+            write_atomically(path, self.recipe.to_yaml())
+        else:
+            done = (self.folder / "report.html").is_file()
+            self.say(f"{'reuses' if done else 'resumes'} the run in {self.folder}")
+        if not environment_path.is_file():
+            write_atomically(environment_path, json.dumps(environment(), indent=1) + "\n")
+
+    def _differing(self, path: Path) -> list[str]:
+        """What differs between the recipe in a file and this one, a line each; the folder's place is no difference."""
+        try:
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(
+                f"{path} is not readable: {error}. Restore it, or choose another folder with output=FOLDER."
+            ) from error
+        if not isinstance(stored, dict):
+            raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
+        asked = yaml.safe_load(self.recipe.to_yaml())
+        return _differences({**stored, "output": None}, {**asked, "output": None})
+
+    def _captured(self, split: str) -> int | None:
+        """Answers in a finished store, or None."""
+        path = self.store_path(split)
+        return len(Store.open(path, verify=False)) if (path / "manifest.json").is_file() else None
+
+    def _prompts(
+        self, split: str, records: Sequence[Record], teacher: HFTeacher, template: Template
+    ) -> list[PromptTokens]:
+        """Tokenise the prompts of a split.
+
+        Raises:
+            DataFileError and its children: see :func:`tokenize_prompts`; names the source.
+        """
+        data, capture = self.recipe.data, self.recipe.capture
+        try:
+            return tokenize_prompts(
+                records,
+                teacher.tokenizer,
+                template,
+                end_token_ids=teacher.end_token_ids,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_new_tokens=capture.max_new_tokens,
+                turns=data.turns,
+                with_answers=capture.mode == "score",
+                too_long=data.too_long,
+            )
+        except DataFileError as error:
+            raise type(error)(f"{getattr(data, split)} (data.{split}): {error}") from error
+
+    def _check_models(self, teacher: HFTeacher, prompts: Sequence[PromptTokens]) -> None:
+        """Find out before the capture whether teacher and student can do what comes after it."""
+        recipe = self.recipe
+        check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
+        config = teacher.model.config
+        _check_context(config, f"the teacher {recipe.teacher.model}", prompts, recipe.capture.max_new_tokens)
+        if recipe.student.layers is not None:
+            # Some architectures cannot be pruned or have another head; one set of layers tells for all.
+            layers = choose_layers(config.get_text_config().num_hidden_layers, recipe.student.layers, "even")
+            _check_finite(teacher, prompts[0])
+            config = prune_layers(teacher.model, layers).config
+            check_head(teacher.model)
+        else:
+            self._make_start(teacher)
+            config = AutoConfig.from_pretrained(self.folder / "start")
+            _check_context(config, f"the student {recipe.student.model}", prompts, recipe.capture.max_new_tokens)
+        attention = recipe.student.attn_implementation
+        try:
+            with torch.device("meta"):
+                student = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"student.attn_implementation = {attention}: {error}") from error
+        if recipe.peft is not None:
+            _with_adapter(student, recipe.peft)
+
+    def _check_teacher(self, teacher: HFTeacher, store: Store) -> None:
+        found, stored = teacher.identity["weights_sha256"], store.identity["teacher"]["weights_sha256"]
+        if found != stored:
+            raise StoreIdentityError(
+                f"The weights of the teacher {self.recipe.teacher.model} have hash {found}, the store {store.path} was "
+                f"made by {stored}. Point teacher.model to that teacher, or capture again into another folder."
+            )
 
     def _make_start(self, teacher: HFTeacher | None) -> None:
         """Make the start once: a copy of the student folder, or the teacher with some of its layers."""
@@ -211,21 +337,29 @@ class Run:
         if config.model is not None:
             folder = resolve_model_folder(config.model)
             model, tokenizer = load_causal_lm(folder, dtype="float32"), load_tokenizer(folder)
+            if teacher is not None:
+                expected, end_ids = tokenizer_sha256(teacher.tokenizer), teacher.end_token_ids
+            else:
+                store = Store.open(self.store_path("train"), verify=False)
+                expected, end_ids = store.identity["tokenizer_sha256"], store.end_token_ids
+            check_same_tokenizer(expected, tokenizer, f"the student {config.model}")
+            check_vocabulary(model.get_output_embeddings().weight.shape[0], tokenizer, f"The student {config.model}")
+            check_head(model)
             facts = {"name": config.model, "kept_layers": None}
         else:
             assert config.layers is not None
             teacher = teacher or self.load_teacher()
             store = Store.open(self.store_path("train"))
+            self._check_teacher(teacher, store)
             rows = [store[i] for i in range(min(config.calibration_answers, len(store)))]
             tokens = [np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64) for row in rows]
             influence = block_influence(teacher.model, map(torch.from_numpy, tokens))
             layers = choose_layers(len(influence), config.layers, config.method, influence)
             self.say(f"keeps layers {layers} of {len(influence)} ({config.method})")
-            model, tokenizer = prune_layers(teacher.model, layers), teacher.tokenizer
+            model, tokenizer, end_ids = prune_layers(teacher.model, layers), teacher.tokenizer, store.end_token_ids
             facts = {"name": f"{self.recipe.teacher.model}, {len(layers)} layers", "kept_layers": layers}
             facts["block_influence"] = influence
-        end_ids = Store.open(self.store_path("train"), verify=False).end_token_ids
-        export_student(model, tokenizer, path, end_ids, extra={"start.json": json.dumps(facts, indent=1)})
+        export_student(model, tokenizer, path, sorted(end_ids), extra={"start.json": json.dumps(facts, indent=1)})
 
     def _train_phase(self, name: str, stores: dict[str, Store]) -> None:
         path = self.phase_path(name)
@@ -234,17 +368,21 @@ class Run:
             return
         started = time.perf_counter()
         checkpoints = path.parent / "checkpoints"
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        args = self.recipe.arguments(name, str(checkpoints))
+        # Without the optimizer's state the phase would go on as another one.
+        last = None if args.save_only_model else last_checkpoint(checkpoints)
+        state = None if last is None else _adopt_state(Path(last))
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init), load_tokenizer(init)
-        args = self.recipe.arguments(name, str(checkpoints))
-        _check_room(self.folder, model, args.save_total_limit or 3)
+        _check_room(self.folder, model, 0 if args.save_strategy == "no" else args.save_total_limit or 3)
         adapter = None
         if self.recipe.peft is not None:
             from peft import LoraConfig
 
             adapter = LoraConfig(**self.recipe.peft)
+        set_seed(args.seed)  # adapters are drawn at random, whatever this process did before
+        metrics = _MetricsFile(name, path.parent / "metrics.jsonl")
         trainer = TDistillTrainer(
             model,
             args,
@@ -253,9 +391,16 @@ class Run:
             tokenizer,
             peft_config=adapter,
             text_dataset=self._plain_text(tokenizer),
-            callbacks=[_MetricsFile(name, path.parent / "metrics.jsonl")],
+            callbacks=[metrics],
         )
-        trainer.train(resume_from_checkpoint=last)
+        if state is not None and state.global_step >= state.max_steps:
+            # Only the export was missing. transformers would train one more step from here.
+            trainer.state = state
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            trainer._load_from_checkpoint(str(best or last))
+            metrics.begin(state)
+        else:
+            trainer.train(resume_from_checkpoint=last)
         trainer.evaluate()
         facts = {
             "response_tokens": trainer.state.num_input_tokens_seen,
@@ -271,26 +416,53 @@ class Run:
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def _plain_text(self, tokenizer: Any) -> list[np.ndarray] | None:
+    def _texts(self) -> list[str] | None:
         data = self.recipe.data
-        if data.text is None:
+        return None if data.text is None else read_texts(data.text)
+
+    def _plain_text(self, tokenizer: Any) -> list[np.ndarray] | None:
+        texts, length = self._texts(), self.recipe.data.text_tokens
+        if texts is None:
             return None
-        texts = [record.messages[0]["content"] for record in read_records(data.text)]
-        return [
-            np.array(
-                tokenizer(text, truncation=True, max_length=data.text_tokens, add_special_tokens=False)["input_ids"]
-            )
+        rows = [
+            np.array(tokenizer(text, truncation=True, max_length=length, add_special_tokens=False)["input_ids"])
             for text in texts
         ]
+        # A single token has nothing before it that could predict it.
+        if not (rows := [row.astype(np.int64) for row in rows if len(row) > 1]):
+            raise EmptyPromptSetError(f"{self.recipe.data.text} (data.text) holds no text of two tokens or more.")
+        return rows
 
     def _load(self, folder: Path) -> PreTrainedModel:
         attention = self.recipe.student.attn_implementation
         model: Any = load_causal_lm(folder, dtype="float32", attn_implementation=attention)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _references(self) -> dict[str, tuple[str, ...]] | None:
-        found = {record.prompt_id: record.references for record in self.records("held_out") if record.references}
-        return found or None
+    def _references(self, records: Sequence[Record]) -> dict[str, tuple[str, ...]] | None:
+        """Texts written by people, by the ids that the store has; None where there are none.
+
+        Raises:
+            DataFileError: some prompts have one and others have not; names one of the latter.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for record in records:
+            given = [message["content"] for message in record.messages if message["role"] == "assistant"]
+            open_turn = record.messages[-1]["role"] == "user"
+            if self.recipe.data.turns == "all" and given:
+                found |= {f"{record.prompt_id}#turn-{turn}": (text,) for turn, text in enumerate(given)}
+                if open_turn and self.recipe.capture.mode == "generate":
+                    found[f"{record.prompt_id}#turn-{len(given)}"] = record.references
+            elif self.recipe.capture.mode == "score" and given:
+                found[record.prompt_id] = (given[-1],)
+            else:
+                found[record.prompt_id] = record.references
+        without = [prompt_id for prompt_id, texts in found.items() if not texts]
+        if without and len(without) < len(found):
+            raise DataFileError(
+                f"{self.recipe.data.held_out} (data.held_out): prompt '{without[0]}' has no reference answer, and "
+                f"{len(found) - len(without)} others have one. Add one to each prompt under 'output', or to none."
+            )
+        return None if without else found
 
     def _join_metrics(self) -> None:
         lines = [
@@ -331,7 +503,12 @@ class Run:
                 "kept_layers": start["kept_layers"],
                 "num_parameters": subjects["start"].num_parameters(),
             },
-            "objective": {"name": objective.name, **vars(objective), "off_support": final.off_support, "p": final.p},
+            "objective": {
+                "name": objective.name,
+                **_json_values(vars(objective)),
+                "off_support": final.off_support,
+                "p": final.p,
+            },
             "final_phase": self.recipe.final_phase,
             "num_prompts": {split: len({prompt for prompt, _ in store.jobs}) for split, store in stores.items()},
             "response_tokens": {split: store.total_response_tokens for split, store in stores.items()},
@@ -351,9 +528,13 @@ class _MetricsFile(TrainerCallback):
     def __init__(self, phase: str, path: Path) -> None:
         self.phase, self.path = phase, path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin(self, state: TrainerState) -> None:
+        """Start the file with what was logged before."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(self._line(entry) for entry in state.log_history))
+        write_atomically(self.path, "".join(map(self._line, state.log_history)))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -361,7 +542,23 @@ class _MetricsFile(TrainerCallback):
                 file.write(self._line(state.log_history[-1]))
 
     def _line(self, entry: dict[str, Any]) -> str:
-        return json.dumps({"phase": self.phase, **entry}) + "\n"
+        # The line at the end sums up what this process trained, which after a resume is not the phase.
+        if "train_runtime" in entry:
+            return ""
+        entry = {key: None if _not_finite(value) else value for key, value in entry.items()}
+        return json.dumps({"phase": self.phase, **entry}, allow_nan=False) + "\n"
+
+
+def _adopt_state(checkpoint: Path) -> TrainerState:
+    """State of a checkpoint, whose path to the best one before it is made to follow a run's folder that was moved."""
+    path = checkpoint / TRAINER_STATE_NAME
+    state = TrainerState.load_from_json(str(path))
+    if state.best_model_checkpoint is not None:
+        best = str(checkpoint.parent / Path(state.best_model_checkpoint).name)
+        if best != state.best_model_checkpoint:
+            state.best_model_checkpoint = best
+            state.save_to_json(str(path))
+    return state
 
 
 def environment() -> dict[str, Any]:
@@ -410,6 +607,77 @@ def _check_room(folder: Path, model: PreTrainedModel, num_checkpoints: int) -> N
         )
 
 
+def _check_context(config: Any, who: str, prompts: Iterable[PromptTokens], max_new_tokens: int) -> None:
+    """Raise PromptTooLongError if a prompt and its answer may be longer than what a model was made for."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
+    length = len(longest.prompt_ids)
+    if limit is not None and length + max_new_tokens > limit:
+        raise PromptTooLongError(
+            f"Prompt '{longest.prompt_id}' has {length} tokens and its answer up to {max_new_tokens}; {who} was made "
+            f"for {limit} in all. Lower capture.max_new_tokens, or lower data.max_prompt_tokens with data.too_long: "
+            "skip."
+        )
+
+
+@torch.inference_mode()
+def _check_finite(teacher: HFTeacher, prompt: PromptTokens) -> None:
+    """Raise TeacherLogitsError if the teacher has no numbers for a prompt, or for the first tokens of its vocabulary."""
+    for who, ids in ((f"prompt '{prompt.prompt_id}'", prompt.prompt_ids), ("tokens 1 to 16", np.arange(1, 17))):
+        input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(teacher.model.device)
+        if not torch.isfinite(teacher.model(input_ids=input_ids, use_cache=False).logits).all():
+            raise TeacherLogitsError(
+                f"The teacher gave NaN or infinite logits for {who}. Load it in float32 or bfloat16 (teacher.dtype), or "
+                "repair its weights."
+            )
+
+
+def _with_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        get_peft_model(model, LoraConfig(**settings))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft = {dict(settings)} does not fit the student: {error}") from error
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Infinity as text: JSON has no such number."""
+    return {key: str(value) if _not_finite(value) else value for key, value in values.items()}
+
+
+def read_texts(source: str) -> list[str]:
+    """Plain texts of a ``.jsonl`` file of objects with ``text``; ``package:NAME/FILE`` names one in a package.
+
+    Raises:
+        DataFileError: missing or malformed; names the line.
+        EmptyPromptSetError: no text in it.
+    """
+    path = resolve_package_path(source) if source.startswith("package:") else Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(f"{path} (data.text) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise DataFileError(f'{path} (data.text), line {number}: expected an object such as {{"text": "Hello."}}.')
+        texts.append(text)
+    if not texts:
+        raise EmptyPromptSetError(f'{path} (data.text) is empty. Add lines such as {{"text": "Hello."}}.')
+    return texts
+
+
 def batch_size_effect(
     recipe: Recipe, num_prompts: int = 64, batch_sizes: tuple[int, ...] = (1, 8, 32)
 ) -> dict[str, Any]:
@@ -432,6 +700,7 @@ def batch_size_effect(
         end_token_ids=teacher.end_token_ids,
         max_prompt_tokens=data.max_prompt_tokens,
         max_new_tokens=capture.max_new_tokens,
+        turns=data.turns,
         too_long=data.too_long,
     )
     answers = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdistill.head import OutputHead, output_head
 from tdistill.kernels import candidates, chunked
-from tdistill.kernels.dispatch import student_statistics
+from tdistill.kernels.dispatch import student_statistics, support_tokens
 from tdistill.training.collate import PackedCollator
 
 N, D, V = 60, 48, 300
@@ -44,6 +44,7 @@ class Problem:
             for name, value in [("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)]
             if value is not None
         }
+        torch.manual_seed(0)  # the same negatives for every kernel
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             outputs = student_statistics(
                 leaves["hidden"],
@@ -93,7 +94,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("support", [None, "vocabulary", "union"])
+@pytest.mark.parametrize("support", [None, "vocabulary", "union", "negatives"])
 def test_errors_of_values_and_gradients(head, support, monkeypatch):
     monkeypatch.setattr(candidates, "_BLOCK", 32)
     monkeypatch.setattr(chunked, "_MAX_ELEMENTS", 7 * V)
@@ -154,6 +155,27 @@ def test_chunked_normaliser_equals_the_dense_one(rows_per_chunk, head, monkeypat
         torch.testing.assert_close(ours[name], dense[name], rtol=1e-10, atol=1e-12)
 
 
+def test_no_chunk_of_logits_is_kept_for_the_backward_pass(monkeypatch):
+    """Chunks bound the peak only if each is thrown away: together they would be positions × vocabulary."""
+    monkeypatch.setattr(chunked, "_MAX_ELEMENTS", 7 * V)
+    case = problem()
+    head, hidden = OutputHead(case.weight.requires_grad_()), case.hidden.requires_grad_()
+
+    def kept_columns(normaliser) -> set[int]:
+        kept = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.add(tensor.shape[-1] if tensor.dim() else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            normaliser()
+        return kept
+
+    assert V in kept_columns(lambda: head.logits(hidden).logsumexp(-1))  # the dense computation keeps its logits
+    assert V not in kept_columns(lambda: chunked.log_normaliser(hidden, head))
+
+
 def test_chunks_cover_every_row_once_even_when_a_row_exceeds_the_bound(monkeypatch):
     monkeypatch.setattr(chunked, "_MAX_ELEMENTS", 10)
     for columns in (1, 3, 10, 11, 1000):
@@ -193,7 +215,31 @@ def test_union_is_over_the_tokens_of_the_sets_alone(kernel):
         np.testing.assert_allclose(out["log_normaliser_N"], np.log([6.0, 15.0]), rtol=1e-12)
 
 
-@pytest.mark.parametrize("support", ["vocabulary", "union"])
+def test_negatives_give_every_token_the_weight_of_one_on_average():
+    """Listed tokens exactly, the others within the spread of 2,000 draws per token: so the normaliser is unbiased."""
+    torch.manual_seed(0)
+    vocab, listed = 11, torch.tensor([3, 7, 3, 0])
+    ids_U, log_weight_U = support_tokens("negatives", listed, vocab, num_negatives=2000 * vocab)
+    total = torch.zeros(vocab).index_add(0, ids_U, log_weight_U.exp())
+    assert total[[0, 3, 7]].tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(total, torch.ones(vocab), rtol=0, atol=5 / 2000**0.5)
+
+
+def test_weighted_normaliser_by_hand():
+    # Listed {1}; draws 0, 2, 1 of 4 tokens, each worth 4/3: 1 is listed already, so e^1 + 4/3 (e^0 + e^2).
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    weights = torch.log(torch.tensor([1.0, 4 / 3, 4 / 3, 0.0], dtype=torch.float64))
+    head = OutputHead(logits.T[[1, 0, 2, 1]])
+    found = chunked.log_normaliser(torch.ones(1, 1, dtype=torch.float64), head, weights)
+    assert found.item() == pytest.approx(np.log(np.e + 4 / 3 * (1 + np.e**2)))
+
+
+def test_negatives_change_from_call_to_call():
+    draws = [support_tokens("negatives", torch.tensor([0]), 1000, 50)[0] for _ in range(2)]
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("support", ["vocabulary", "union", "negatives"])
 def test_autocast_does_not_lower_the_precision(support):
     case = problem()
     truth = case.run("reference", support, torch.float64)

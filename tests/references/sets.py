@@ -49,9 +49,7 @@ def top_p_set(
     )
 
 
-def possible_sizes(
-    logits: np.ndarray, p: float, max_actions: int | None, temperature: float, slack: float
-) -> set[int]:
+def possible_sizes(logits: np.ndarray, p: float, max_actions: int | None, temperature: float, slack: float) -> set[int]:
     """Sizes that are right up to an error ``slack`` in the cumulative mass: one, unless a mass lies within it of p."""
     early = top_p_set(logits, p, max_actions, temperature, slack)
     late = top_p_set(logits, p, max_actions, temperature, -slack)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,7 @@ def answers(trajectories: list[Trajectory]) -> dict[str, list[int]]:
 
 
 def sets_of(trajectory: Trajectory) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    offsets = trajectory.sets.offsets
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(trajectory.sets.offsets):
         yield trajectory.sets.ids[start:stop], trajectory.sets.log_probs[start:stop]
 
 

@@ -19,7 +19,8 @@ def folder(tiny_teacher_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "address", ["/no/such/folder", "./runs/teacher", "~/no/such/folder", "a/b/c", "nobody/no-such-model", "no-such-model"]
+    "address",
+    ["/no/such/folder", "./runs/teacher", "~/no/such/folder", "a/b/c", "nobody/no-such-model", "no-such-model"],
 )
 def test_an_address_that_leads_nowhere_is_named(address):
     with pytest.raises(ModelNotFoundError, match=address) as caught:

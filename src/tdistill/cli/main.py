@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdistill.errors import TDistillError
+from tdistill.errors import NoSpaceError, TDistillError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +48,11 @@ def _stage(recipe: Path, overrides: list[str] | None, dry_run: bool, work: Calla
         return
     from tdistill.pipeline import Run
 
-    work(Run(resolved, _say))
+    try:
+        work(Run(resolved, _say))
+    except KeyboardInterrupt:  # typer would end without a word
+        typer.echo("\ninterrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
 
 
 def _print_results(run: Any) -> None:
@@ -108,7 +113,9 @@ def report(
     """Write report.html and the model card again from a run's JSON files."""
     from tdistill.reports.card import write_model_card
     from tdistill.reports.html import write_report
+    from tdistill.reports.load import load_run
 
+    load_run(folder)  # of what is missing, names what comes first
     write_model_card(folder)
     typer.echo(str(write_report(folder)))
 
@@ -153,21 +160,26 @@ def list_known(
     from tdistill.cli.listing import listing
 
     rows = listing(what, folder)
-    typer.echo(json.dumps(rows) if as_json else "\n".join("  ".join(row.values()) for row in rows))
+    typer.echo(
+        json.dumps(rows) + "\n" if as_json else "".join("  ".join(row.values()) + "\n" for row in rows), nl=False
+    )
 
 
 def main() -> None:
-    """Run the command; a known error is one message and its exit code, an interruption says how to go on."""
+    """Run the command; a known error is one message and its exit code."""
     from transformers import logging as transformers_logging
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of reading weights, a second or two
     warnings.filterwarnings("ignore", module="torch.*")
     try:
         app()
     except TDistillError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted; the same command goes on from here", err=True)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(f"error: the disk is full ({error}). Make room; the same command goes on from here.", err=True)
+        sys.exit(NoSpaceError.exit_code)

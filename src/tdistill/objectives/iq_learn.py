@@ -42,7 +42,7 @@ class IQLearn:
     name: ClassVar[str] = "iq_learn"
     uses_sets: ClassVar[bool] = True
 
-    alpha: float = 10.0
+    alpha: float = 100.0
     gamma: float = 0.99
     coordinates: Literal["raw", "max_set", "value_head"] = "value_head"
     first_order: Literal["sampled", "expected"] = "expected"

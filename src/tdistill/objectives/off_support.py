@@ -34,7 +34,7 @@ class OffSupport:
     Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL.
     """
 
-    kind: Literal["none", "union", "negatives", "tail"] = "union"
+    kind: Literal["none", "union", "negatives", "tail"] = "negatives"
     weight: float = 1.0
 
     def __post_init__(self) -> None:

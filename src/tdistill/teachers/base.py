@@ -25,7 +25,7 @@ class SamplingSettings:
         seed: every random number is a function of (seed, prompt id, answer index, position) and nothing else.
     """
 
-    p_max: float = 0.95
+    p_max: float = 0.8
     max_actions: int | None = 64
     temperature: float = 1.0
     max_new_tokens: int = 256

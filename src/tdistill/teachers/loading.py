@@ -91,12 +91,12 @@ def load_causal_lm(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype = '{dtype}' is unknown. Use auto, float32, bfloat16 or float16.")
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    source["output_loading_info"] = True  # returns a pair
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **source, **model_kwargs
-        )
+        pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **model_kwargs)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(f"'{folder}' is not a loadable causal language model: {error}") from error
+    model, loaded = pair
     if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
         raise ModelNotFoundError(
             f"The weights in '{folder}' lack {len(missing)} parameters of {type(model).__name__}, among them "

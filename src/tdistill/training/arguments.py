@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from tdistill.actions import check_p
 from tdistill.errors import ConfigError, did_you_mean
 from tdistill.objectives import Objective, OffSupport, objective_class
+
+KernelName = Literal["candidates", "reference"]
 
 
 @dataclass
@@ -29,16 +32,18 @@ class TDistillConfig(TrainingArguments):
         text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
         kernel: ``candidates``, or ``reference`` (dense, for comparison).
+        metric_for_best_model: ``eval_kl_set_tail`` unless given; ``eval_nll`` takes its place where the dev store
+            lists no sets.
     """
 
     objective: str | dict[str, Any] = "iq_learn"
     p: float | None = None
-    off_support: Literal["none", "union", "negatives", "tail"] = "union"
+    off_support: Literal["none", "union", "negatives", "tail"] = "negatives"
     off_support_weight: float = 1.0
     response_tokens_per_batch: int = 1024
     text_weight: float = 1.0
     text_sequences_per_batch: int = 2
-    kernel: Literal["candidates", "reference"] = "candidates"
+    kernel: KernelName = "candidates"
     learning_rate: float = field(default=1e-4)
     max_grad_norm: float = field(default=1.0)
     # A non-finite loss raises here; transformers would replace it by an average in the log.
@@ -53,6 +58,8 @@ class TDistillConfig(TrainingArguments):
             check_p(self.p)
         if self.response_tokens_per_batch < 1:
             raise ConfigError(f"response_tokens_per_batch = {self.response_tokens_per_batch} must be at least 1.")
+        if self.kernel not in get_args(KernelName):
+            raise ConfigError(f"kernel = '{self.kernel}' is unknown.{did_you_mean(self.kernel, get_args(KernelName))}")
         # Even batches would repeat some trajectories on some processes; the sampler already deals out full rounds.
         self.accelerator_config = {"even_batches": False, **(_as_dict(self.accelerator_config))}
         if not self.bf16 and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
@@ -73,11 +80,25 @@ class TDistillConfig(TrainingArguments):
         for key in spec:
             if key not in known:
                 raise ConfigError(f"Objective '{cls.name}' has no '{key}'.{did_you_mean(key, known)}")  # type: ignore[attr-defined]
-        return cls(**spec)
+        return _validated(cls, spec, f"Objective '{cls.name}'")  # type: ignore[attr-defined]
 
     def build_off_support(self) -> OffSupport:
-        """Return the off-support term."""
-        return OffSupport(self.off_support, self.off_support_weight)
+        """Return the off-support term.
+
+        Raises:
+            ConfigError: unknown kind.
+        """
+        return _validated(OffSupport, {"kind": self.off_support, "weight": self.off_support_weight}, "off_support")
+
+
+def _validated(cls: type, values: dict[str, Any], who: str) -> Any:
+    """Build a dataclass with its types checked: a misspelt choice would otherwise act like another one."""
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{who}: {name} = {first['input']!r} is not valid. {first['msg']}.") from error
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

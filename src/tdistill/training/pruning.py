@@ -148,8 +148,8 @@ def _check_composition(model: PreTrainedModel, student: PreTrainedModel, layers:
         for handle in handles:
             handle.remove()
     # In the teacher's precision, so that only its rounding is left; the float32 student itself is not changed.
-    twin = student if model.dtype == student.dtype else copy.deepcopy(student).to(model.dtype)
-    found = twin(input_ids=probe, use_cache=False).logits.float()
+    twin = student if model.dtype == student.dtype else copy.deepcopy(student).to(model.dtype)  # type: ignore[arg-type]
+    found = twin(input_ids=probe.to(student.device), use_cache=False).logits.float().cpu()
     error = float((found - wanted).norm() / wanted.norm())
     if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise UnsupportedModelError(

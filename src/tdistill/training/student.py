@@ -66,8 +66,10 @@ def attach_statistics(
             kernel=kernel,
         )
         value_head = getattr(self, VALUE_HEAD, None)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            out["value_N"] = None if value_head is None else value_head(hidden_ND.float()).squeeze(-1)
+        if value_head is not None:
+            # In the precision of its weights: float32, unless a wrapper or the caller has changed it.
+            with torch.autocast(hidden_ND.device.type, enabled=False):
+                out["value_N"] = value_head(hidden_ND.to(next(value_head.parameters()).dtype)).squeeze(-1)
         if not self.training:
             out["log_normaliser_N"], out["top_N"] = normaliser_and_argmax(hidden_ND, head)
         if len(inputs["text_index_L"]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError
+from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, UnsupportedModelError
+from tdistill.head import output_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport
 from tdistill.prompts import check_same_tokenizer, check_vocabulary
@@ -24,7 +29,7 @@ from tdistill.training.batches import TokenBudgetSampler
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
 from tdistill.training.student import VALUE_HEAD, add_value_head, attach_statistics
-from tdistill.types import ActionStats
+from tdistill.types import ActionStats, Ends
 
 
 class NonFiniteLossError(TDistillError):
@@ -39,6 +44,15 @@ class _EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Progress(ProgressCallback):
+    """A bar of steps with time left, loss and tokens per second, instead of a line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {"loss": "loss", "tokens_per_second": "tok/s", "eval_kl_set_tail": "dev KL"}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix({shown[key]: f"{logs[key]:.4g}" for key in shown if key in logs})
 
 
 class TDistillTrainer(Trainer):
@@ -86,6 +100,10 @@ class TDistillTrainer(Trainer):
         self.support = "vocabulary" if self.full_support else self.objective.support
         if self.uses_off_support:
             self.support = self.off_support.support
+        if self.full_support:
+            self.objective(_one_state())  # an objective that needs listed sets says so before training
+        if eval_dataset is not None and eval_dataset.p_max == 1.0 and args.metric_for_best_model == "eval_kl_set_tail":
+            args.metric_for_best_model = "eval_nll"
 
         if self.objective.needs_value_head and not hasattr(model, VALUE_HEAD):
             add_value_head(model)
@@ -107,10 +125,12 @@ class TDistillTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Progress)
         # Losses are sums divided here by the tokens of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        self._logged_at, self._logged_tokens = time.perf_counter(), 0
+        self._logged_at, self._tokens_since = time.perf_counter(), 0
 
     # ---- data ----
 
@@ -140,6 +160,8 @@ class TDistillTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Its own, or each pass over a loader, evaluation included, would move the one that training draws from.
+            generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
 
@@ -158,6 +180,7 @@ class TDistillTrainer(Trainer):
         )
         counts = self.accelerator.reduce(counts, "sum")
         self.state.num_input_tokens_seen += int(counts[0])
+        self._tokens_since += int(counts[0])
         return counts
 
     def compute_loss(
@@ -182,7 +205,7 @@ class TDistillTrainer(Trainer):
             metrics["text_nll"] = (outputs["text_nll"].detach(), torch.tensor(len(inputs["text_target_L"])))
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}. Lower learning_rate, raise alpha, or "
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower learning_rate, raise alpha, or "
                 "use coordinates: value_head; the last checkpoint is intact."
             )
         self.meter.add({**metrics, **self._set_metrics(inputs)})
@@ -240,14 +263,21 @@ class TDistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's terms, tokens seen and tokens per second to training logs."""
         if "loss" in logs:
-            now, seen = time.perf_counter(), self.state.num_input_tokens_seen
+            now = time.perf_counter()
             logs |= self.meter.pop(self.accelerator)
-            logs["response_tokens"] = seen
-            logs["tokens_per_second"] = (seen - self._logged_tokens) / (now - self._logged_at)
-            self._logged_at, self._logged_tokens = now, seen
+            logs["response_tokens"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = self._tokens_since / (now - self._logged_at)
+            self._logged_at, self._tokens_since = now, 0
         super().log(logs, start_time)
 
-    # ---- saving ----
+    # ---- saving and resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".") or True
+        self._logged_at, self._tokens_since = time.perf_counter(), 0
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -275,8 +305,46 @@ class TDistillTrainer(Trainer):
         from peft import get_peft_model
 
         if hasattr(model, VALUE_HEAD):
-            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), VALUE_HEAD]
-        return get_peft_model(model, peft_config)
+            extra = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+            peft_config = replace(peft_config, modules_to_save=extra)
+        embedding, tied = model.get_input_embeddings(), model.config.get_text_config().tie_word_embeddings
+        adapted = get_peft_model(model, peft_config)
+        output_head(model)
+        if tied and model.get_input_embeddings() is not embedding:
+            raise UnsupportedModelError(
+                f"The adapter changes the input embeddings of {type(model).__name__}, which are its output matrix too. "
+                "Leave them out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
+            )
+        return adapted
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """Newest complete checkpoint in a folder. A run that is killed while it writes one leaves it without its state."""
+    complete = []
+    for state in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        try:
+            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+        except ValueError:
+            continue
+    return max(complete)[1] if complete else None
+
+
+def _one_state() -> ActionStats:
+    """A single transition of the full support, all zeros."""
+    zero_1, whole_1 = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    return ActionStats(
+        offsets=torch.zeros(2, dtype=torch.long),
+        q_M=torch.zeros(0),
+        log_prob_teacher_M=torch.zeros(0),
+        q_taken_N=zero_1,
+        sequence_N=whole_1,
+        has_action_N=torch.ones(1, dtype=torch.bool),
+        ends_N=whole_1 + Ends.TERMINAL,
+        log_normaliser_N=zero_1,
+        normaliser_support="vocabulary",
+        value_N=zero_1,
+        full_support=True,
+    )
 
 
 def _evaluation_sums(stats: ActionStats, top_N: Tensor, action_ids_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,0 +1,254 @@
+"""What every objective must satisfy; a new row of the table is picked up by itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    FLOAT_FIELDS,
+    gradients,
+    pack,
+    random_episodes,
+    random_trajectory,
+    statistics,
+    tiny_llama,
+    with_leaves,
+)
+from references.losses import Episode
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tdistill.objectives import OBJECTIVES, OffSupport
+from tdistill.training.collate import PackedCollator
+from tdistill.training.student import add_value_head, attach_statistics
+from tdistill.types import ActionStats, LossOutput, Trajectory
+
+SETTINGS: dict[str, list[dict]] = {
+    "iq_learn": [
+        {},
+        {"alpha": 0.1, "coordinates": "raw", "first_order": "sampled"},
+        {"alpha": 0.5, "coordinates": "raw", "first_order": "expected", "gamma": 0.5, "q_floor": -0.3517},
+        {"alpha": 0.5, "coordinates": "max_set", "first_order": "sampled"},
+        {"alpha": 0.5, "coordinates": "max_set", "first_order": "expected", "gamma": 1.0, "q_floor": -0.8513},
+        {"alpha": 0.1, "coordinates": "value_head", "first_order": "sampled", "gamma": 0.9},
+        {"alpha": math.inf, "coordinates": "raw", "first_order": "expected"},
+        {"gamma": 0.0},
+    ],
+}
+Loss = Callable[[ActionStats], LossOutput]
+LOSSES: dict[str, Loss] = {
+    f"{name}-{index}": cls(**fields)
+    for name, cls in OBJECTIVES.items()
+    for index, fields in enumerate(SETTINGS.get(name, [{}]))
+} | {
+    f"off_support-{kind}": OffSupport(kind, weight=0.7)
+    for kind in get_args(get_type_hints(OffSupport)["kind"])
+    if kind != "none"
+}
+
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+
+
+def value_and_gradients(loss: Loss, stats: ActionStats) -> tuple[float, dict[str, Tensor]]:
+    leaves = with_leaves(stats)
+    total = loss(leaves).loss
+    total.backward()
+    return total.item(), gradients(leaves)
+
+
+def assert_same_metrics(found: LossOutput, wanted: LossOutput, factor: float = 1.0) -> None:
+    assert found.metrics.keys() == wanted.metrics.keys()
+    for name, (total, count) in wanted.metrics.items():
+        assert float(found.metrics[name][0]) == pytest.approx(factor * float(total), rel=1e-9, abs=1e-9), name
+        assert float(found.metrics[name][1]) == factor * float(count), name
+
+
+@every_loss
+def test_gradient_is_that_of_the_returned_scalar(loss):
+    stats = pack(random_episodes(11))
+    inputs = tuple(getattr(stats, name).clone().requires_grad_() for name in FLOAT_FIELDS)
+
+    def scalar(*values: Tensor) -> Tensor:
+        return loss(replace(stats, **dict(zip(FLOAT_FIELDS, values, strict=True)))).loss
+
+    assert scalar(*inputs).shape == ()
+    assert torch.autograd.gradcheck(scalar, inputs, eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+@every_loss
+def test_some_gradient_arrives(loss):
+    _, found = value_and_gradients(loss, pack(random_episodes(11)))
+    assert sum(float(g.abs().sum()) for g in found.values()) > 0.1
+
+
+@every_loss
+def test_metrics_are_sums_and_counts_without_gradient(loss):
+    stats = with_leaves(pack(random_episodes(12)))
+    result = loss(stats)
+    assert result.metrics
+    for name, (total, count) in result.metrics.items():
+        assert total.shape == count.shape == (), name
+        assert not total.requires_grad, name
+        assert not count.requires_grad, name
+        assert float(count) > 0, name
+
+
+@every_loss
+def test_order_of_sequences_does_not_matter(loss):
+    episodes = random_episodes(13)
+    order = np.random.default_rng(0).permutation(len(episodes))
+    shuffled = [episodes[i] for i in order]
+    value, found = value_and_gradients(loss, pack(episodes))
+    value_2, found_2 = value_and_gradients(loss, pack(shuffled))
+    assert value_2 == pytest.approx(value, rel=1e-12)
+
+    def per_episode(stats: list[Episode], grads: dict[str, Tensor]) -> list[list[Tensor]]:
+        slots = [sum(len(s.logits) for s in e.states) for e in stats]
+        rows = [len(e.states) for e in stats]
+        parts = [grads[name].split(slots if name == "q_M" else rows) for name in FLOAT_FIELDS]
+        return [list(p) for p in zip(*parts, strict=True)]
+
+    first, second = per_episode(episodes, found), per_episode(shuffled, found_2)
+    for place, source in enumerate(order):
+        for ours, theirs in zip(second[place], first[source], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@every_loss
+def test_order_of_slots_inside_a_set_does_not_matter(loss):
+    stats = pack(random_episodes(14))
+    rng = np.random.default_rng(0)
+    offsets = stats.offsets.tolist()
+    order = torch.tensor(np.concatenate([a + rng.permutation(b - a) for a, b in itertools.pairwise(offsets)]))
+    permuted = replace(stats, q_M=stats.q_M[order], log_prob_teacher_M=stats.log_prob_teacher_M[order])
+    value, found = value_and_gradients(loss, stats)
+    value_2, found_2 = value_and_gradients(loss, permuted)
+    assert value_2 == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(found_2["q_M"], found["q_M"][order], rtol=1e-10, atol=1e-12)
+    for name in ("q_taken_N", "log_normaliser_N", "value_N"):
+        torch.testing.assert_close(found_2[name], found[name], rtol=1e-10, atol=1e-12)
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_batch_without_actions_gives_zero(loss, scale):
+    stats = pack(random_episodes(15))
+    stats = replace(stats, has_action_N=torch.zeros_like(stats.has_action_N), q_M=stats.q_M * scale)
+    value, found = value_and_gradients(loss, stats)
+    assert value == 0.0
+    assert all(float(g.abs().sum()) == 0.0 for g in found.values())
+
+
+@every_loss
+def test_what_is_said_where_no_action_counts_does_not_matter(loss):
+    stats = pack(random_episodes(16))
+    other = replace(stats, q_taken_N=torch.where(stats.has_action_N, stats.q_taken_N, -4.0e3))
+    assert value_and_gradients(loss, other)[0] == value_and_gradients(loss, stats)[0]
+
+
+@every_loss
+def test_twice_the_batch_is_twice_the_sum(loss):
+    once, twice = loss(pack(random_episodes(17))), loss(pack(random_episodes(17) * 2))
+    assert float(twice.loss) == pytest.approx(2 * float(once.loss), rel=1e-12)
+    assert_same_metrics(twice, once, factor=2)
+
+
+@every_loss
+def test_micro_batches_add_up(loss):
+    """With the support of the normaliser held fixed."""
+    episodes = random_episodes(18, copies=2)
+    parts = [episodes[:1], episodes[1:5], episodes[5:]]
+    value, found = value_and_gradients(loss, pack(episodes))
+    pieces = [value_and_gradients(loss, pack(part)) for part in parts]
+    assert sum(v for v, _ in pieces) == pytest.approx(value, rel=1e-12)
+    for name in FLOAT_FIELDS:
+        torch.testing.assert_close(torch.cat([g[name] for _, g in pieces]), found[name], rtol=1e-10, atol=1e-12)
+
+
+@every_loss
+def test_float32_stays_close_to_float64(loss):
+    exact, found = value_and_gradients(loss, pack(random_episodes(19)))
+    value, found_32 = value_and_gradients(loss, pack(random_episodes(19), torch.float32))
+    assert value == pytest.approx(exact, rel=1e-5)
+    for name in FLOAT_FIELDS:
+        assert found_32[name].dtype == torch.float32
+        torch.testing.assert_close(found_32[name].double(), found[name], rtol=1e-4, atol=1e-5)
+
+
+# ---- through the collator and a model ----
+
+VOCAB = 48
+
+
+def trajectories() -> list[Trajectory]:
+    return [
+        random_trajectory(0, VOCAB, 3, 5),
+        random_trajectory(1, VOCAB, 6, 9, ends="truncated"),
+        random_trajectory(2, VOCAB, 1, 1),
+        random_trajectory(3, VOCAB, 4, 12, source="given"),
+    ]
+
+
+def student(support: str | None) -> PreTrainedModel:
+    model = tiny_llama(VOCAB).double()
+    add_value_head(model)
+    model.value_head.double()
+    torch.nn.init.normal_(model.value_head.weight)
+    attach_statistics(model, support=support)
+    return model.train()
+
+
+def through_model(
+    model: PreTrainedModel, loss: Loss, batches: list[list[Trajectory]], collator: PackedCollator
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of all weights, summed over micro-batches."""
+    model.zero_grad()
+    torch.manual_seed(0)  # the same negatives each time
+    total = 0.0
+    for batch in batches:
+        result = loss(statistics(model, collator(batch), getattr(loss, "support", None))).loss
+        result.backward()
+        total += result.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_run(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        # Rotary embeddings are computed in float32 inside the model, which bounds the agreement.
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=name
+        )
+
+
+@every_loss
+@pytest.mark.parametrize("p", [None, 0.6])
+def test_padding_and_packing_through_a_model(loss, p):
+    """Pad token, width of the padding and order of the trajectories leave loss and gradients as they are."""
+    model = student(getattr(loss, "support", None))
+    rows = trajectories()
+    wanted = through_model(model, loss, [rows], PackedCollator(0, p))
+    assert abs(wanted[0]) > 1e-3
+    assert_same_run(through_model(model, loss, [rows], PackedCollator(7, p)), wanted)
+    assert_same_run(through_model(model, loss, [rows[::-1]], PackedCollator(0, p)), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, loss in LOSSES.items() if getattr(loss, "support", None) in (None, "vocabulary")]
+)
+@pytest.mark.parametrize("p", [None, 0.6])
+def test_micro_batches_add_up_through_a_model(name, p):
+    """Except where the support depends on the batch's own sets; see test_micro_batches_add_up for those."""
+    loss = LOSSES[name]
+    model = student(getattr(loss, "support", None))
+    rows = trajectories()
+    wanted = through_model(model, loss, [rows], PackedCollator(0, p))
+    assert_same_run(through_model(model, loss, [[row] for row in rows], PackedCollator(0, p)), wanted)

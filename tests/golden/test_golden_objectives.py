@@ -1,0 +1,93 @@
+"""Losses and gradients of a fixed batch, pinned: a change of an objective must be seen and meant.
+
+The batch is spelled out below, so that no random generator stands between the file and the numbers. Write the file
+again with ``PYTHONPATH=tests python tests/golden/test_golden_objectives.py`` after a change that is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import FLOAT_FIELDS, gradients, pack, with_leaves
+from references import losses
+
+from tdistill.objectives import SFT, IQLearn, OffSupport
+
+GOLDEN = Path(__file__).with_name("objectives.json")
+
+
+def batch() -> list[losses.Episode]:
+    """One terminal episode with a dropped transition, one truncated with, and one without a bootstrap state."""
+
+    def state(logits: list[float], probs: list[float], taken: int | None, normaliser: float, value: float):
+        return losses.State(np.array(logits), np.log(probs), taken, normaliser, value)
+
+    return [
+        losses.Episode(
+            [
+                state([1.5, 0.25, -0.75], [0.5, 0.25, 0.125], 0, 2.25, -0.5),
+                state([0.5, 2.0], [0.625, 0.25], None, 2.5, 0.75),
+                state([-1.0, 0.0, 1.0, 3.0], [0.375, 0.25, 0.125, 0.0625], 3, 3.5, 0.25),
+            ],
+            "terminal",
+        ),
+        losses.Episode(
+            [
+                state([2.0], [0.875], 0, 2.125, 1.0),
+                state([0.125, -0.375], [0.5, 0.3125], 1, 1.5, -1.25),
+                state([0.75, 0.5], [0.75, 0.125], None, 2.0, 0.5),
+            ],
+            "truncated",
+            bootstrap=True,
+        ),
+        losses.Episode([state([-0.5, 1.25], [0.4375, 0.375], 1, 1.75, 0.375)], "truncated"),
+    ]
+
+
+CASES = {
+    "iq_learn default": IQLearn(),
+    "iq_learn paper": IQLearn(alpha=0.1, coordinates="raw", first_order="sampled", q_floor=-10.0),
+    "iq_learn raw expected": IQLearn(alpha=1.0, gamma=0.5, coordinates="raw"),
+    "iq_learn max_set floor": IQLearn(alpha=0.1, coordinates="max_set", first_order="sampled", q_floor=-1.0),
+    "iq_learn value_head sampled": IQLearn(alpha=0.1, gamma=1.0, first_order="sampled"),
+    "iq_learn behaviour cloning": IQLearn(alpha=math.inf, first_order="sampled"),
+    "sft": SFT(),
+    "off_support tail": OffSupport("tail"),
+    "off_support union half": OffSupport("union", weight=0.5),
+}
+
+
+def measure(case: str) -> dict[str, float]:
+    """Loss, and the Euclidean norm of the gradient in each field."""
+    stats = with_leaves(pack(batch()))
+    loss = CASES[case](stats).loss
+    loss.backward()
+    return {"loss": loss.item(), **{f"grad_{name}": g.norm().item() for name, g in gradients(stats).items()}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_as_pinned(case):
+    pinned = json.loads(GOLDEN.read_text())
+    assert pinned.keys() == CASES.keys()
+    assert set(pinned[case]) == {"loss", *(f"grad_{name}" for name in FLOAT_FIELDS)}
+    assert measure(case) == pytest.approx(pinned[case], rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pinned_losses_are_those_of_the_slow_reference(case):
+    objective = CASES[case]
+    if isinstance(objective, IQLearn):
+        wanted = losses.iq_learn(batch(), **vars(objective))
+    elif isinstance(objective, OffSupport):
+        wanted = objective.weight * losses.off_support(batch())
+    else:
+        wanted = losses.sft(batch())
+    assert json.loads(GOLDEN.read_text())[case]["loss"] == pytest.approx(wanted, rel=1e-12)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({case: measure(case) for case in CASES}, indent=2) + "\n")

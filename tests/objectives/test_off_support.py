@@ -1,0 +1,80 @@
+"""The off-support term: its reference, a value by hand, and the chain rule that it completes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from builders import gradients, pack, random_episodes, random_state, with_leaves
+from references import losses
+
+from tdistill.errors import DomainError
+from tdistill.objectives import IQLearn, OffSupport
+from tdistill.training.metrics import set_tail_kl
+
+
+@pytest.mark.parametrize("kind", ["tail", "union", "negatives"])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_term_is_the_binary_cross_entropy(kind, weight):
+    for seed in range(5):
+        episodes = random_episodes(seed)
+        found = float(OffSupport(kind, weight)(pack(episodes)).loss)
+        assert found == pytest.approx(weight * losses.off_support(episodes), rel=1e-9, abs=1e-12)
+
+
+def test_by_hand():
+    # Teacher mass ¾ on the set; student: log 2 of log 4, so half of it: −¾ log ½ − ¼ log ½ = log 2.
+    state = losses.State(np.array([0.0, 0.0]), np.log([0.5, 0.25]), taken=1, normaliser=math.log(4))
+    result = OffSupport("tail")(pack([losses.Episode([state], "terminal")]))
+    assert float(result.loss) == pytest.approx(math.log(2))
+    assert [float(x) for x in result.metrics["mass_outside_tail"]] == pytest.approx([0.5, 1.0])
+
+
+def test_least_where_the_student_has_the_teachers_mass_on_the_set():
+    """The derivative in the normaliser vanishes at P = Z and has the sign of P − Z."""
+    teacher = np.log([0.5, 0.25])
+    for inside, sign in [(0.75, 0), (0.9, -1), (0.3, 1)]:
+        # Logits (0, 0): the mass inside is 2 / exp(normaliser).
+        state = losses.State(np.zeros(2), teacher, taken=0, normaliser=math.log(2 / inside))
+        stats = with_leaves(pack([losses.Episode([state], "terminal")]))
+        OffSupport("tail")(stats).loss.backward()
+        slope = float(gradients(stats)["log_normaliser_N"])
+        assert slope == pytest.approx(0.0, abs=1e-9) if sign == 0 else slope * sign > 0.1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_the_expected_first_order_it_is_set_and_tail_forward_kl(seed):
+    """−Z Σ proj_p π* log proj_p π_Q + tail = KL(teacher‖student) over set and tail + the teacher's entropy there."""
+    state = random_state(np.random.default_rng(seed), 5)
+    stats = pack([losses.Episode([state], "terminal")])
+    covered = math.fsum(np.exp(state.teacher_log_probs))
+    first_order = float(IQLearn(alpha=math.inf, first_order="expected")(stats).loss)
+    outcomes = np.append(np.exp(state.teacher_log_probs), 1 - covered)
+    entropy = -float(np.sum(outcomes * np.log(outcomes)))
+    found = covered * first_order + float(OffSupport("tail")(stats).loss)
+    assert found == pytest.approx(losses.set_tail_kl(state) + entropy, rel=1e-10)
+    assert found == pytest.approx(float(set_tail_kl(stats)) + entropy, rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("excess", [0.0, 1e-7, -1e-7, 1e-3])
+def test_finite_where_the_set_is_the_whole_support(dtype, excess):
+    """P = 1 up to rounding on either side gives a finite term and gradient."""
+    state = losses.State(np.array([1.0, 2.0]), np.log([0.6, 0.3]), taken=0, normaliser=np.logaddexp(1.0, 2.0) - excess)
+    stats = with_leaves(pack([losses.Episode([state], "terminal")], dtype))
+    loss = OffSupport("union")(stats).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients(stats).values())
+
+
+def test_support_names_the_normaliser():
+    kinds = {"none": None, "union": "union", "negatives": "negatives", "tail": "vocabulary"}
+    assert {kind: OffSupport(kind).support for kind in kinds} == kinds
+
+
+def test_negative_weight_is_refused():
+    with pytest.raises(DomainError, match=r"weight = -0.1 must not be negative"):
+        OffSupport(weight=-0.1)

@@ -1,0 +1,422 @@
+"""Recipes: what is accepted, what is refused, and whether the refusal helps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cli.harness import tdistill, write_recipe
+
+from tdistill.config import Recipe, load_recipe
+from tdistill.errors import ConfigError, DomainError, ProbabilityRangeError, TDistillError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*(ROOT / "recipes").glob("**/*.yaml"), ROOT / "src" / "tdistill" / "demo" / "recipe.yaml"])
+
+PLAIN = {
+    "name": "plain",
+    "output": "runs/plain",
+    "teacher": {"model": "org/teacher"},
+    "data": {"train": "train.jsonl", "dev": "dev.jsonl", "held_out": "held_out.jsonl"},
+    "capture": {"p_max": 0.9},
+    "student": {"layers": 2},
+    "phases": {
+        "sft": {"args": {"objective": "sft", "max_steps": 10}},
+        "bd": {"args": {"objective": {"name": "iq_learn", "alpha": 2}, "max_steps": 10}},
+        "more": {"control": True, "init": "sft", "args": {"objective": "sft"}},
+    },
+    "evaluation": {"seeds": [1, 2]},
+}
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", PLAIN)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def write(tmp_path: Path, place: str, value: Any) -> Path:
+    """The plain recipe with the value at a dotted place replaced by another."""
+    tree = copy.deepcopy(PLAIN)
+    part: Any = tree
+    *way, last = place.split(".")
+    for key in way:
+        part = part.setdefault(key, {})
+    part[last] = value
+    return write_recipe(tmp_path / "changed.yaml", tree)
+
+
+# ---- what is accepted ----
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_of_the_project_parses_and_survives_a_round_trip(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_there_are_recipes():
+    assert [path.name for path in RECIPES].count("demo.yaml") == 1
+    assert load_recipe(ROOT / "recipes" / "demo.yaml") == load_recipe(RECIPES[-1])
+
+
+def test_dry_run_prints_a_recipe_that_loads_back_to_the_same_one_and_touches_nothing(plain: Path, tmp_path: Path):
+    overrides = [
+        f"output={tmp_path}/run",
+        "name='Größe: a # b'",
+        "capture.max_actions=null",
+        "phases.bd.args.objective.alpha=.inf",
+        "phases.bd.args.learning_rate=5e-5",
+        "peft={r: 4, target_modules: [q_proj]}",
+        "evaluation.compare=[[bd, more], [bd, teacher]]",
+    ]
+    outcome = tdistill("run", plain, *overrides, "--dry-run")
+    assert outcome.code == 0
+    (tmp_path / "printed.yaml").write_text(outcome.out, encoding="utf-8")
+    printed = load_recipe(tmp_path / "printed.yaml")
+    assert printed == load_recipe(plain, overrides)
+    assert printed.name == "Größe: a # b"
+    assert printed.capture.max_actions is None
+    assert printed.phases["bd"].args["objective"] == {"name": "iq_learn", "alpha": math.inf}
+    assert printed.phases["bd"].args["learning_rate"] == 5e-5
+    assert printed.evaluation.compare == (("bd", "more"), ("bd", "teacher"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "capture", "train", "eval"])
+def test_every_verb_with_a_recipe_has_a_dry_run(verb: str, plain: Path):
+    outcome = tdistill(verb, plain, "--dry-run")
+    assert (outcome.code, Recipe.model_validate(yaml.safe_load(outcome.out))) == (0, load_recipe(plain))
+
+
+def test_answers_in_the_evaluation_are_as_long_as_the_teachers_unless_told_otherwise(plain: Path):
+    assert load_recipe(plain).evaluation.max_new_tokens == 256
+    assert load_recipe(plain, ["capture.max_new_tokens=7"]).evaluation.max_new_tokens == 7
+    assert (
+        load_recipe(plain, ["capture.max_new_tokens=7", "evaluation.max_new_tokens=9"]).evaluation.max_new_tokens == 9
+    )
+
+
+def test_a_phase_starts_from_the_phase_before_it_that_is_no_control(plain: Path):
+    recipe = load_recipe(plain, ["phases.last={args: {objective: sft}}"])
+    assert [recipe.init_of(name) for name in recipe.phases] == ["start", "sft", "sft", "bd"]
+    assert (recipe.final_phase, recipe.controls) == ("last", ["more"])
+
+
+# ---- overrides ----
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("capture.p_max=0.5", ["capture", "p_max"], 0.5),
+        ("capture.seed=3", ["capture", "seed"], 3),
+        ("capture.max_actions=null", ["capture", "max_actions"], None),
+        ("evaluation.seeds=[5, 6]", ["evaluation", "seeds"], (5, 6)),
+        ("phases.bd.args.objective.alpha=.inf", ["phases", "bd", "args", "objective", "alpha"], math.inf),
+        ("phases.bd.args.learning_rate=5e-4", ["phases", "bd", "args", "learning_rate"], 5e-4),
+        ("phases.bd.args.lr_scheduler_type=cosine", ["phases", "bd", "args", "lr_scheduler_type"], "cosine"),
+        ("data.train=a=b.jsonl", ["data", "train"], "a=b.jsonl"),
+        (" capture.seed =4", ["capture", "seed"], 4),
+        ("evaluation.max_new_tokens=${capture.seed}", ["evaluation", "max_new_tokens"], 1),
+    ],
+)
+def test_an_override_sets_one_value(plain: Path, override: str, place: list[str], value: Any):
+    def at(recipe: Recipe) -> Any:
+        part: Any = recipe.model_dump()
+        for key in place:
+            part = part[key]
+        return part
+
+    assert at(load_recipe(plain, ["capture.seed=1", override])) == value
+    tree, before = load_recipe(plain, ["capture.seed=1", override]).model_dump(), load_recipe(plain).model_dump()
+    assert set(tree) == set(before)
+    untouched = {"name", "output", "teacher", "student"}
+    assert {key: tree[key] for key in untouched} == {key: before[key] for key in untouched}
+
+
+def test_an_override_makes_a_new_phase(plain: Path):
+    recipe = load_recipe(plain, ["phases.extra.args.max_steps=5"])
+    assert list(recipe.phases) == ["sft", "bd", "more", "extra"]
+    assert recipe.phases["extra"].args == {"max_steps": 5}
+
+
+def test_later_overrides_win(plain: Path):
+    assert load_recipe(plain, ["capture.seed=1", "capture.seed=2"]).capture.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("p_max", ["'p_max'", "key.subkey=value"]),
+        ("=3", ["'=3'", "key.subkey=value"]),
+        ("capture.seed={", ["'capture.seed={'", "cannot be applied"]),
+        ("phases=[1]", ["'phases=[1]'", "cannot be applied"]),
+        ("name=${nowhere}", ["nowhere", "does not resolve"]),
+        ("name=???", ["name", "does not resolve", "Missing"]),
+        ("capture.p_max.deep=1", ["capture.p_max", "{'deep': 1}"]),
+    ],
+)
+def test_a_malformed_override_is_named(plain: Path, override: str, parts: list[str]):
+    message = refusal(plain, override)
+    assert all(part in message for part in parts), message
+
+
+# ---- unknown keys ----
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "suggestion"),
+    [
+        ("teachr.model=x", "teachr", "teacher"),
+        ("capture.pmax=0.9", "capture.pmax", "p_max"),
+        ("teacher.modell=x", "teacher.modell", "model"),
+        ("data.heldout=x", "data.heldout", "held_out"),
+        ("student.layer=3", "student.layer", "layers"),
+        ("evaluation.seed=3", "evaluation.seed", "seeds"),
+        ("phases.bd.inti=sft", "phases.bd.inti", "init"),
+        ("phases.bd.args.lerning_rate=1", "phases.bd.args", "learning_rate"),
+        ("phases.bd.args.off_suport=tail", "phases.bd.args", "off_support"),
+        ("phases.bd.args.objective.alhpa=1", "phases.bd.args", "alpha"),
+        ("phases.bd.args.objective.name=iqlearn", "phases.bd.args", "iq_learn"),
+        ("phases.sft.args.objective=sftt", "phases.sft.args", "sft"),
+        ("peft.target_module=[q_proj]", "peft", "target_modules"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_closest_known_one(plain: Path, override: str, place: str, suggestion: str):
+    message = refusal(plain, override)
+    assert f"  {place}: " in message
+    assert f"Did you mean '{suggestion}'?" in message
+    assert str(plain) in message
+
+
+def test_a_key_like_no_other_gets_the_list(plain: Path):
+    assert "Known: capture, data, evaluation, name, output, peft, phases, student, teacher." in refusal(plain, "zzz=1")
+
+
+def test_all_defects_are_reported_at_once(plain: Path):
+    message = refusal(plain, "zzz=1", "capture.pmax=1", "evaluation.top_p=2", "phases.bd.args.max_steps=many")
+    assert len(message.splitlines()) == 5
+    for place in ("zzz", "capture.pmax", "evaluation.top_p", "phases.bd.args"):
+        assert f"\n  {place}: " in message
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("capture.p_max=much", ["capture.p_max", "number", "'much'"]),
+        ("capture.temperature=0", ["capture.temperature", "greater than 0", "given: 0"]),
+        ("capture.temperature=.inf", ["capture.temperature", "finite"]),
+        ("capture.max_actions=0", ["capture.max_actions", "greater than or equal to 1", "given: 0"]),
+        ("capture.max_new_tokens=0", ["capture.max_new_tokens", "greater than or equal to 1"]),
+        ("capture.log_prob_bits=12", ["capture.log_prob_bits", "8 or 16", "given: 12"]),
+        ("capture.seed=-1", ["capture.seed", "given: -1"]),
+        ("capture.mode=scoer", ["capture.mode", "'generate' or 'score'", "'scoer'"]),
+        ("data.turns=some", ["data.turns", "'last' or 'all'", "'some'"]),
+        ("data.text_tokens=1", ["data.text_tokens", "given: 1"]),
+        ("student.layers=0", ["student.layers", "given: 0"]),
+        ("student.method=odd", ["student.method", "'block_influence' or 'even'", "'odd'"]),
+        ("evaluation.top_p=0", ["evaluation.top_p", "given: 0"]),
+        ("evaluation.seeds=[]", ["evaluation.seeds", "at least 1"]),
+        ("evaluation.seeds=[1, 1]", ["evaluation.seeds", "[1, 1]", "different"]),
+        ("evaluation.seeds=[-1]", ["evaluation.seeds", "[-1]", "from 0"]),
+        ("evaluation.temperature=.inf", ["evaluation.temperature", "inf", "finite"]),
+        ("phases.bd.args.max_steps=many", ["phases.bd.args", "max_steps", "integer", "'many'"]),
+        ("phases.bd.args.learning_rate=fast", ["phases.bd.args", "learning_rate", "number", "'fast'"]),
+        # `no` without quotes is a truth value in YAML.
+        ("phases.bd.args.save_strategy=no", ["phases.bd.args", "save_strategy", "'no'", "given: False"]),
+        ("phases.bd.args.kernel=fast", ["phases.bd.args", "kernel", "'candidates' or 'reference'", "'fast'"]),
+        ("phases.bd.args.off_support=some", ["phases.bd.args", "off_support", "'tail'", "'some'"]),
+        ("phases.bd.args.lr_scheduler_type=cosin", ["phases.bd.args", "cosin", "cosine"]),
+        ("phases.bd.args.objective.coordinates=odd", ["phases.bd.args", "coordinates", "'value_head'", "'odd'"]),
+        ("phases.bd.args.objective.alpha=big", ["phases.bd.args", "alpha", "number", "'big'"]),
+        (
+            "phases.bd.args.response_tokens_per_batch=0",
+            ["phases.bd.args", "response_tokens_per_batch", "0", "at least"],
+        ),
+        ("phases.bd.args.output_dir=x", ["phases.bd.args", "output_dir"]),
+        ("phases.bd.args.load_best_model_at_end=true", ["phases.bd.args", "load_best_model_at_end"]),
+        ("phases.bd.args.metric_for_best_model=loss", ["phases.bd.args.metric_for_best_model", "'loss'", "nll"]),
+        (
+            "phases.bd.args.metric_for_best_model=agreement_top1",
+            ["phases.bd.args.greater_is_better", "agreement_top1", "Set it to true"],
+        ),
+        ("peft={r: four}", ["peft", "'r'", "integer", "'four'"]),
+        ("name=''", ["name", "at least 1 character"]),
+        ("output=null", ["output", "string", "None"]),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(plain: Path, override: str, parts: list[str]):
+    message = refusal(plain, override)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("p", ["0", "-0.1", "1.5", ".nan"])
+def test_p_outside_its_range_is_refused(plain: Path, p: str):
+    for override, where in ((f"capture.p_max={p}", "capture.p_max"), (f"phases.bd.args.p={p}", "phases.bd.args: p")):
+        with pytest.raises(ProbabilityRangeError, match=r"outside \(0, 1\]") as caught:
+            load_recipe(plain, [override])
+        assert f"{where} = " in str(caught.value)
+
+
+def test_p_above_p_max_is_refused_with_both_values(plain: Path):
+    assert load_recipe(plain, ["phases.bd.args.p=0.9"]).phases["bd"].args["p"] == 0.9
+    with pytest.raises(ProbabilityRangeError, match=r"phases\.bd\.args\.p = 0\.91 is above capture\.p_max = 0\.9"):
+        load_recipe(plain, ["phases.bd.args.p=0.91"])
+
+
+def test_a_hyperparameter_outside_its_domain_names_the_phase(plain: Path):
+    with pytest.raises(DomainError, match=r"phases\.bd\.args: iq_learn: alpha = -1\.0 must be positive"):
+        load_recipe(plain, ["phases.bd.args.objective.alpha=-1"])
+
+
+def test_settings_of_an_objective_without_its_name_are_refused(plain: Path):
+    # `objective.alpha` over `objective: sft` must not become the objective that has an alpha.
+    message = refusal(plain, "phases.sft.args.objective.alpha=1")
+    assert "phases.sft.args" in message
+    assert "has no name" in message
+
+
+# ---- p = 1 ----
+
+
+def test_p_max_1_needs_phases_that_do_without_action_sets(plain: Path):
+    with pytest.raises(ConfigError, match=r"phases\.bd\.args\.off_support = \w+ has nothing .* Set it to none"):
+        load_recipe(plain, ["capture.p_max=1"])
+    with pytest.raises(DomainError, match=r"phases\.bd\.args, capture\.p_max = 1: .*first_order to sampled"):
+        load_recipe(plain, ["capture.p_max=1", "phases.bd.args.off_support=none"])
+    whole = [
+        "capture.p_max=1",
+        "phases.bd.args.off_support=none",
+        "phases.bd.args.objective.first_order=sampled",
+    ]
+    assert load_recipe(plain, whole).capture.p_max == 1
+    with pytest.raises(ProbabilityRangeError, match=r"phases\.bd\.args\.p = 0\.8, but capture\.p_max = 1 keeps no"):
+        load_recipe(plain, [*whole, "phases.bd.args.p=0.8"])
+    with pytest.raises(ConfigError, match=r"metric_for_best_model = 'kl_set_tail' is not measured.*Known: nll"):
+        load_recipe(plain, [*whole, "phases.sft.args.metric_for_best_model=kl_set_tail"])
+
+
+# ---- structure ----
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "parts"),
+    [
+        ("phases", [{"sft": {}}], ["phases", "dictionary"]),
+        ("phases", {}, ["phases", "at least one phase"]),
+        ("phases", None, ["phases", "dictionary"]),
+        ("phases.sft", None, ["phases.sft", "dictionary"]),
+        ("phases.sft.args", ["max_steps"], ["phases.sft.args", "dictionary"]),
+        ("phases.sft.args.objective", ["sft"], ["phases.sft.args", "objective", "dictionary"]),
+        ("phases.bd.args.objective.name", ["sft"], ["phases.bd.args", "name of an objective", "['sft']"]),
+        ("phases.bd.args.objective.alpha", {"value": 1}, ["phases.bd.args", "alpha", "number"]),
+        ("data", ["train.jsonl"], ["data", "dictionary"]),
+        ("data.train", ["train.jsonl"], ["data.train", "string"]),
+        ("data.train", {"path": "x"}, ["data.train", "string"]),
+        ("teacher", "org/teacher", ["teacher", "dictionary", "'org/teacher'"]),
+        ("evaluation", None, ["evaluation", "dictionary"]),
+        ("evaluation.seeds", 10, ["evaluation.seeds", "tuple", "given: 10"]),
+        ("evaluation.seeds", {"a": 1}, ["evaluation.seeds", "tuple"]),
+        ("evaluation.compare", [["bd"]], ["evaluation.compare"]),
+        ("evaluation.compare", [["bd", "mroe"]], ["evaluation.compare", "'mroe'", "Did you mean 'more'?"]),
+        ("evaluation.start", "sfft", ["evaluation.start", "'sfft'", "Did you mean 'sft'?"]),
+        ("peft", ["r"], ["peft", "dictionary"]),
+        ("student", {}, ["student", "student.model", "student.layers"]),
+        ("student", {"layers": 2, "model": "x"}, ["student", "student.model", "student.layers"]),
+        ("student", {"layers": None, "model": ""}, ["student.model", "at least 1 character"]),
+        ("capture", {"mode": "score", "answers_per_prompt": 2}, ["capture", "answers_per_prompt = 2", "use 1"]),
+    ],
+)
+def test_a_part_of_the_wrong_kind_is_named(tmp_path: Path, place: str, value: Any, parts: list[str]):
+    message = refusal(write(tmp_path, place, value))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("key", ["name", "output", "teacher", "data", "student", "phases"])
+def test_a_missing_part_is_named(tmp_path: Path, key: str):
+    path = write_recipe(tmp_path / "recipe.yaml", {k: v for k, v in PLAIN.items() if k != key})
+    assert f"  {key}: Field required" in refusal(path)
+
+
+@pytest.mark.parametrize("init", ["bd", "more", "nowhere"])
+def test_a_phase_cannot_start_from_itself_or_a_later_or_unknown_one(plain: Path, init: str):
+    message = refusal(plain, f"phases.bd.init={init}")
+    assert f"phases.bd.init = '{init}' is no earlier phase; earlier: start, sft" in message
+
+
+@pytest.mark.parametrize("name", ["start", "teacher"])
+def test_reserved_names_are_refused(tmp_path: Path, name: str):
+    assert f"'{name}' is reserved" in refusal(write(tmp_path, f"phases.{name}", {}))
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "a b"])
+def test_a_phase_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str):
+    tree = {**PLAIN, "phases": {**PLAIN["phases"], name: {}}}  # type: ignore[dict-item]
+    assert f"'{name}' is to be a folder's name" in refusal(write_recipe(tmp_path / "recipe.yaml", tree))
+
+
+def test_a_recipe_of_controls_only_is_refused(tmp_path: Path):
+    assert "no control" in refusal(write(tmp_path, "phases", {"sft": {"control": True}}))
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["name: Field required"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("just words", ["name: Field required", "just words: unknown key"]),
+        ("a: [1\n", ["not readable", "line 2"]),
+        ("name: a\nname: b\n", ["not readable", "duplicate"]),
+        ("name: \xff", ["not readable"]),
+        ("1: x\n", ["1: Keys should be strings"]),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, parts: list[str]):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    message = refusal(path)
+    assert str(path) in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_missing_recipe_says_where_recipes_are(tmp_path: Path):
+    message = refusal(tmp_path / "none.yaml")
+    assert "none.yaml" in message
+    assert "tdistill ls recipes" in message
+    assert str(tmp_path) in refusal(tmp_path)  # a folder is no recipe either
+
+
+def test_the_command_line_prints_a_refusal_alone_and_exits_with_2(plain: Path):
+    outcome = tdistill("run", plain, "capture.pmax=0.9", "--dry-run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert (
+        outcome.err
+        == f"error: The recipe '{plain}' is not valid:\n  capture.pmax: unknown key. Did you mean 'p_max'?\n"
+    )
+
+
+@pytest.mark.parametrize("place", ["capture", "data", "evaluation", "name", "phases", "student", "teacher"])
+@pytest.mark.parametrize("value", [None, 0, -1.5, True, "x", "", [], [None], {}, {"x": []}, [[1, 2]], math.nan])
+def test_no_value_anywhere_ends_in_another_exception(tmp_path: Path, place: str, value: Any):
+    for where in [place, *(f"{place}.{key}" for key in PLAIN[place] if isinstance(PLAIN[place], dict))]:
+        try:
+            load_recipe(write(tmp_path, where, value))
+        except TDistillError as error:
+            assert "Traceback" not in str(error)

@@ -1,0 +1,135 @@
+"""One of two processes: ``torchrun --nproc_per_node=2 distributed_worker.py FOLDER``, FOLDER as the test lays it out.
+
+Writes, per case and rank, what training added to the parameters, the log and how often the wrapper was called.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training_support import (
+    ONE_SGD_STEP,
+    PARTS,
+    Crash,
+    FixedBatchTrainer,
+    disturb_value_head,
+    plain_texts,
+    settings,
+    update,
+    without_clock,
+)
+from transformers import TrainerCallback
+
+from tdistill.objectives import IQLearn
+from tdistill.store import Store
+from tdistill.teachers.loading import load_causal_lm, load_tokenizer
+from tdistill.training.collate import STATS_FIELDS, PackedCollator
+from tdistill.training.student import add_value_head, attach_statistics
+from tdistill.training.trainer import TDistillTrainer, last_checkpoint
+from tdistill.types import ActionStats
+
+torch.set_num_threads(1)
+
+
+class CountCalls(TrainerCallback):
+    """Counts the calls of the distributed wrapper."""
+
+    def __init__(self) -> None:
+        self.calls, self.wrapper, self.trainer = 0, "", None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wrapped = self.trainer.model_wrapped
+        self.wrapper = type(wrapped).__name__
+        wrapped.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def main(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "start")
+    stores = {split: Store.open(folder / split) for split in ("train", "dev")}
+    result = folder / "results"
+
+    def make(case: str, batches: Any = None, callbacks: Any = (), texts: Any = None, **changes: Any) -> Any:
+        cls = TDistillTrainer if batches is None else type("Trainer", (FixedBatchTrainer,), {"batches": batches})
+        args = settings(folder / "out" / case, ddp_backend="gloo", **changes)
+        model = load_causal_lm(folder / "start", dtype="float32")
+        return cls(
+            model, args, stores["train"], stores["dev"], tokenizer, text_dataset=texts, callbacks=list(callbacks)
+        )
+
+    def write(case: str, tensors: dict[str, torch.Tensor], **facts: Any) -> None:
+        rank = dist.get_rank()
+        save_file({name: value.contiguous() for name, value in tensors.items()}, result / f"{case}-{rank}.safetensors")
+        (result / f"{case}-{rank}.json").write_text(json.dumps(facts))
+
+    for objective in ("sft", "iq_learn"):
+        counter = CountCalls()
+        trainer = make(
+            objective,
+            PARTS,
+            [counter],
+            plain_texts(tokenizer),
+            objective=objective,
+            off_support="tail",
+            p=0.7,
+            gradient_accumulation_steps=2,
+            **ONE_SGD_STEP,
+        )
+        counter.trainer = trainer
+        if objective == "iq_learn":
+            disturb_value_head(trainer.model)
+        change = update(trainer)
+        write(objective, change, log=trainer.state.log_history, calls=counter.calls, wrapper=counter.wrapper)
+
+    common: dict[str, Any] = {"off_support": "tail", "p": 0.9, "eval_strategy": "steps", "eval_steps": 4}
+    common |= {"save_strategy": "steps", "save_steps": 4}
+    whole = make("whole", **common)
+    write("whole", update(whole), log=without_clock(whole.state.log_history), tokens=whole.state.num_input_tokens_seen)
+    try:
+        make("killed", callbacks=[Crash(6)], **common).train()
+    except KeyboardInterrupt:
+        dist.barrier()
+    resumed = make("killed", **common)
+    before = {name: value.detach().clone() for name, value in resumed.model.named_parameters()}
+    checkpoint = last_checkpoint(folder / "out" / "killed")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    write(
+        "resumed",
+        {name: value.detach() - before[name] for name, value in resumed.model.named_parameters()},
+        log=without_clock(resumed.state.log_history),
+        tokens=resumed.state.num_input_tokens_seen,
+        checkpoint=Path(checkpoint).name,
+    )
+
+    model = load_causal_lm(folder / "start", dtype="float32")
+    add_value_head(model)
+    disturb_value_head(model)
+    attach_statistics(model, support=None)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.train()
+    inputs = PackedCollator(tokenizer.pad_token_id)([stores["train"][row] for row in PARTS[dist.get_rank()]])
+    outputs = model(**inputs)
+    stats = ActionStats(**{name: inputs[name] for name in STATS_FIELDS}, **outputs)
+    IQLearn()(stats).loss.backward()
+    sharded = sum(value.to_local().numel() for value in model.parameters())
+    gradients = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
+    write("sharded", gradients, local=sharded, total=sum(value.numel() for value in model.parameters()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
