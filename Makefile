@@ -27,7 +27,7 @@ format: .venv/.dev
 
 # docs/results.md is made from the committed JSON alone.
 results: .venv/.dev
-	$(BIN)/python -m tdistill.reports.results_page benchmarks/results docs/results.md
+	$(BIN)/python benchmarks/make_results.py
 
 clean:
 	rm -rf .venv runs

@@ -28,19 +28,23 @@ VARIANTS = {
         "off_support": "none",
     },
     "alpha inf, no control": {"objective": INF, "off_support": "none"},
-    "alpha inf, union": {"objective": INF, "off_support": "union"},
     "alpha inf, negatives": {"objective": INF, "off_support": "negatives"},
-    "alpha inf, tail": {"objective": INF, "off_support": "tail"},
-    "alpha 1, value head, negatives": {"objective": {**BD, "alpha": 1.0}, "off_support": "negatives"},
-    "alpha 10, value head, negatives": {"objective": BD, "off_support": "negatives"},
-    "alpha 10, value head, gamma 0, negatives": {"objective": {**BD, "gamma": 0.0}, "off_support": "negatives"},
-    "alpha 100, value head, negatives": {"objective": {**BD, "alpha": 100.0}, "off_support": "negatives"},
-    "alpha 10, value head, sampled, negatives": {
-        "objective": {**BD, "first_order": "sampled"},
+    "alpha 100, value head, negatives (default)": {"objective": {**BD, "alpha": 100.0}, "off_support": "negatives"},
+    "alpha 100, value head, gamma 0, negatives": {
+        "objective": {**BD, "alpha": 100.0, "gamma": 0.0},
         "off_support": "negatives",
     },
-    "alpha 10, raw, negatives": {"objective": {**BD, "coordinates": "raw"}, "off_support": "negatives"},
-    "alpha 10, max_set, negatives": {"objective": {**BD, "coordinates": "max_set"}, "off_support": "negatives"},
+    "alpha 10, value head, negatives": {"objective": BD, "off_support": "negatives"},
+    "alpha inf, tail": {"objective": INF, "off_support": "tail"},
+    "alpha inf, union": {"objective": INF, "off_support": "union"},
+    "alpha 100, value head, sampled, negatives": {
+        "objective": {**BD, "alpha": 100.0, "first_order": "sampled"},
+        "off_support": "negatives",
+    },
+    "alpha 100, raw, negatives": {
+        "objective": {**BD, "alpha": 100.0, "coordinates": "raw"},
+        "off_support": "negatives",
+    },
 }
 
 
@@ -67,7 +71,13 @@ def main(run: Path, output: Path) -> None:
         if before:
             rows.append(_row("before this phase", before, 0))
         rows.append(_row(name, after, trainer.state.num_input_tokens_seen))
-        content = {"run": recipe.name, "split": "dev", "num_prompts": len(dev), "environment": environment(), "rows": rows}
+        content = {
+            "run": recipe.name,
+            "split": "dev",
+            "num_prompts": len(dev),
+            "environment": environment(),
+            "rows": rows,
+        }
         write_atomically(output, json.dumps(content, indent=1) + "\n")
         print(rows[-1], flush=True)
 

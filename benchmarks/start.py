@@ -31,9 +31,7 @@ def main(run: Path, output: Path) -> None:
     tokens = [np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64) for row in rows]
     influence = block_influence(teacher.model, map(torch.from_numpy, tokens))
     starts = {
-        f"{keep} layers, {method}": prune_layers(
-            teacher.model, choose_layers(len(influence), keep, method, influence)
-        )
+        f"{keep} layers, {method}": prune_layers(teacher.model, choose_layers(len(influence), keep, method, influence))
         for keep in (15, 20)
         for method in ("even", "block_influence")
     }

@@ -622,13 +622,13 @@ def _check_context(config: Any, who: str, prompts: Iterable[PromptTokens], max_n
 
 @torch.inference_mode()
 def _check_finite(teacher: HFTeacher, prompt: PromptTokens) -> None:
-    """Raise TeacherLogitsError if the teacher has no numbers for a prompt, or for the first tokens of its vocabulary."""
+    """Raise TeacherLogitsError if the teacher has no numbers for a prompt, or for the tokens it is pruned with."""
     for who, ids in ((f"prompt '{prompt.prompt_id}'", prompt.prompt_ids), ("tokens 1 to 16", np.arange(1, 17))):
         input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(teacher.model.device)
         if not torch.isfinite(teacher.model(input_ids=input_ids, use_cache=False).logits).all():
             raise TeacherLogitsError(
-                f"The teacher gave NaN or infinite logits for {who}. Load it in float32 or bfloat16 (teacher.dtype), or "
-                "repair its weights."
+                f"The teacher gave NaN or infinite logits for {who}. Load it in float32 or bfloat16 (teacher.dtype), "
+                "or repair its weights."
             )
 
 

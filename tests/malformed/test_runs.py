@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -503,22 +504,15 @@ def test_a_damaged_shard_is_refused_at_training_and_the_remedy_that_is_named_wor
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.usefixtures("no_teacher")
 def test_a_damaged_held_out_shard_is_refused_at_evaluation(
-    captured: Project, damage: str, monkeypatch: pytest.MonkeyPatch
+    captured: Project, damage: str, request: pytest.FixtureRequest
 ):
+    request.getfixturevalue("no_teacher")  # from here on
     spoil, said = DAMAGES[damage]
     shard = shard_of(captured, "held_out")
     spoil(shard)
     refused(captured.call("eval"), 7, shard, said)
     assert not (captured.folder / "results.json").exists()
-
-
-@pytest.fixture(autouse=True)
-def _capture_before_teachers_are_forbidden(request: pytest.FixtureRequest) -> None:
-    """Where a test wants both, the capture comes first."""
-    if "captured" in request.fixturenames:
-        request.getfixturevalue("captured")
 
 
 def test_a_damaged_manifest_is_refused(captured: Project):
@@ -646,7 +640,7 @@ def test_a_recipe_that_was_refused_before_the_first_answer_can_be_corrected(proj
 def test_a_capture_for_which_there_is_no_room_is_refused_before_the_first_answer(
     project: Project, monkeypatch: pytest.MonkeyPatch, no_answer: None
 ):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused(project.call(), 9, project.folder / "store" / "train", "1,000 bytes are free", "Free some room")
     nothing_left(project.folder)
 
@@ -655,7 +649,7 @@ def test_a_training_for_which_there_is_no_room_is_refused_before_its_first_step(
     captured: Project, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         patched.setattr(stages.TDistillTrainer, "train", lambda *args, **kwargs: pytest.fail("trained without room"))
         outcome = captured.call("train")
     refused(outcome, NoSpaceError.exit_code, captured.folder, "0.0 GB are free", "save_total_limit")

@@ -717,8 +717,8 @@ def test_plain_text_adds_its_cross_entropy_per_token(make_trainer, load_start, t
     added = {name: change - plain[name] for name, change in update(with_text).items()}
     assert_same(added, {name: -value.grad for name, value in model.named_parameters()}, atol=2e-6)
     entry = with_text.state.log_history[0]
-    assert entry["text_nll"] == pytest.approx(float(nll) / num_tokens, abs=1e-5)
-    assert losses(with_text)[0] - losses(without)[0] == pytest.approx(weight * float(nll) / num_tokens, abs=1e-5)
+    assert entry["text_nll"] == pytest.approx(nll.item() / num_tokens, abs=1e-5)
+    assert losses(with_text)[0] - losses(without)[0] == pytest.approx(weight * nll.item() / num_tokens, abs=1e-5)
     assert entry["response_tokens"] == without.state.log_history[0]["response_tokens"]
 
 
