@@ -6,11 +6,12 @@ python benchmarks/make_results.py [OUTPUT]
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
-from tdistill.reports.tables import results_page
+from tdistill.reports.load import read_results
+from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
 
 RESULTS = Path("benchmarks/results")
@@ -74,5 +75,13 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme(text: str) -> str:
+    """README.md with its table made new."""
+    table = markdown_table(read_results(RESULTS / "demo.json"))
+    block = f"<!-- results -->\n`make demo`, from `{RESULTS}/demo.json`:\n\n{table}<!-- /results -->"
+    return re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    write_atomically(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results.md"), page())
+    write_atomically(Path("docs/results.md"), page())
+    write_atomically(Path("README.md"), readme(Path("README.md").read_text(encoding="utf-8")))

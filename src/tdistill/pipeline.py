@@ -20,7 +20,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from tdistill.config import Recipe
+from tdistill.config import Recipe, TeacherConfig
 from tdistill.errors import (
     ConfigError,
     DataFileError,
@@ -205,19 +205,8 @@ class Run:
 
     def load_teacher(self) -> HFTeacher:
         """Load the teacher."""
-        config = self.recipe.teacher
-        self.say(f"loads the teacher {config.model}")
-        extra = {} if config.device_map is None else {"device_map": config.device_map}
-        try:
-            return HFTeacher.from_pretrained(
-                config.model, gguf_file=config.gguf_file, dtype=config.dtype, **extra, **config.model_kwargs
-            )
-        except TypeError as error:
-            if not config.model_kwargs:
-                raise
-            raise ConfigError(
-                f"teacher.model_kwargs = {config.model_kwargs}: from_pretrained refuses them: {error}."
-            ) from error
+        self.say(f"loads the teacher {self.recipe.teacher.model}")
+        return load_teacher(self.recipe.teacher)
 
     def records(self, split: str) -> list[Record]:
         """Read the prompts of a split."""
@@ -522,6 +511,24 @@ class Run:
         write_atomically(path, json.dumps({**times, stage: times.get(stage, round(seconds, 1))}, indent=1) + "\n")
 
 
+def load_teacher(config: TeacherConfig) -> HFTeacher:
+    """Load the teacher that a recipe names.
+
+    Raises:
+        ConfigError: ``model_kwargs`` that ``from_pretrained`` does not know.
+        ModelNotFoundError: see :func:`~tdistill.teachers.loading.resolve_model_folder`.
+    """
+    extra = {} if config.device_map is None else {"device_map": config.device_map}
+    try:
+        return HFTeacher.from_pretrained(
+            config.model, gguf_file=config.gguf_file, dtype=config.dtype, **extra, **config.model_kwargs
+        )
+    except TypeError as error:
+        if not config.model_kwargs:
+            raise
+        raise ConfigError(f"teacher.model_kwargs = {config.model_kwargs} are refused: {error}.") from error
+
+
 class _MetricsFile(TrainerCallback):
     """Appends each log line to a file; after a resume the file first goes back to what the checkpoint knows."""
 
@@ -686,12 +693,7 @@ def batch_size_effect(
     Returns:
         ``num_answers``, ``batch_sizes`` and ``changed_share``, the share of answers that are not the same in all.
     """
-    teacher = HFTeacher.from_pretrained(
-        recipe.teacher.model,
-        gguf_file=recipe.teacher.gguf_file,
-        dtype=recipe.teacher.dtype,
-        **recipe.teacher.model_kwargs,
-    )
+    teacher = load_teacher(recipe.teacher)
     data, capture = recipe.data, recipe.capture
     prompts = tokenize_prompts(
         read_records(data.train, data.train_split)[:num_prompts],

@@ -1,0 +1,49 @@
+"""Documents say what the committed JSON and the code say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tdistill.config import load_recipe
+from tdistill.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def make_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("benchmarks/make_results.py")
+
+
+def test_the_results_page_is_made_from_the_committed_json(make_results):
+    assert Path("docs/results.md").read_text(encoding="utf-8") == make_results["page"]()
+
+
+def test_the_table_in_the_readme_is_made_from_the_committed_json(make_results):
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert "kl" in text.lower() and text == make_results["readme"](text)
+
+
+def test_the_recipe_in_the_readme_is_valid(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## A recipe of your own\n\n((?: {4}.*\n)+)", text)[1]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
+    assert load_recipe(path).final_phase == "bd" and yaml.safe_load(path.read_text())["student"]["layers"] == 12
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_has_a_page_that_names_its_settings(name):
+    page = (ROOT / "docs" / "objectives" / f"{name}.md").read_text(encoding="utf-8")
+    for setting in OBJECTIVES[name].__dataclass_fields__:
+        assert f"`{setting}`" in page
