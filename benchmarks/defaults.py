@@ -23,13 +23,20 @@ BD = {"name": "iq_learn", "alpha": 10.0, "coordinates": "value_head", "first_ord
 INF = {**BD, "alpha": float("inf"), "coordinates": "raw"}
 VARIANTS = {
     "sft continued": {"objective": "sft"},
+    "sft continued, learning rate 1e-4": {"objective": "sft", "learning_rate": 1e-4},
+    "sft continued, learning rate 3e-5": {"objective": "sft", "learning_rate": 3e-5},
+    "alpha 100, value head, negatives (default)": {"objective": {**BD, "alpha": 100.0}, "off_support": "negatives"},
+    "the default, learning rate 1e-4": {
+        "objective": {**BD, "alpha": 100.0},
+        "off_support": "negatives",
+        "learning_rate": 1e-4,
+    },
     "as printed: alpha 0.1, raw, sampled, no control": {
         "objective": {**BD, "alpha": 0.1, "coordinates": "raw", "first_order": "sampled"},
         "off_support": "none",
     },
     "alpha inf, no control": {"objective": INF, "off_support": "none"},
     "alpha inf, negatives": {"objective": INF, "off_support": "negatives"},
-    "alpha 100, value head, negatives (default)": {"objective": {**BD, "alpha": 100.0}, "off_support": "negatives"},
     "alpha 100, value head, gamma 0, negatives": {
         "objective": {**BD, "alpha": 100.0, "gamma": 0.0},
         "off_support": "negatives",

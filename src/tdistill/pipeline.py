@@ -32,6 +32,7 @@ from tdistill.errors import (
     RunFolderError,
     StoreIdentityError,
     TeacherLogitsError,
+    UnsupportedModelError,
 )
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.sparsity import sparsity
@@ -291,11 +292,15 @@ class Run:
         config = teacher.model.config
         _check_context(config, f"the teacher {recipe.teacher.model}", prompts, recipe.capture.max_new_tokens)
         if recipe.student.layers is not None:
-            # Some architectures cannot be pruned or have another head; one set of layers tells for all.
-            layers = choose_layers(config.get_text_config().num_hidden_layers, recipe.student.layers, "even")
-            _check_finite(teacher, prompts[0])
-            config = prune_layers(teacher.model, layers).config
-            check_head(teacher.model)
+            num_layers = config.get_text_config().num_hidden_layers
+            choose_layers(num_layers, recipe.student.layers, "even")
+            try:
+                # Some architectures cannot be pruned or have another head; any two layers tell.
+                prune_layers(teacher.model, choose_layers(num_layers, min(num_layers, 2), "even"))
+                check_head(teacher.model)
+            except UnsupportedModelError:
+                _check_finite(teacher, prompts[0])
+                raise
         else:
             self._make_start(teacher)
             config = AutoConfig.from_pretrained(self.folder / "start")

@@ -261,8 +261,15 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     assert measured(folder) == measured(finished.folder)
 
 
-@pytest.mark.parametrize("count", [pytest.param(4, id="after a checkpoint"), pytest.param(7, id="after the training")])
-@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize(
+    ("count", "best"),
+    [
+        pytest.param(4, True, id="after a checkpoint, best kept"),
+        pytest.param(4, False, id="after a checkpoint", marks=pytest.mark.slow),
+        pytest.param(7, True, id="after the training, best kept", marks=pytest.mark.slow),
+        pytest.param(7, False, id="after the training"),
+    ],
+)
 def test_an_interrupted_phase_with_an_adapter_ends_like_one_that_was_not(
     finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, best: bool
 ):
@@ -371,7 +378,7 @@ def test_stages_in_the_wrong_order_say_what_comes_first(finished: FinishedRun, t
     assert "loads the teacher" not in outcome.err
     outcome = tdistill("report", folder)
     assert outcome.code == 3
-    assert "results.json" in outcome.err or "student" in outcome.err
+    assert f"{folder}/metrics.jsonl is missing. `tdistill run RECIPE` makes it" in outcome.err
 
 
 def test_capture_again_adds_the_prompts_that_were_added(finished: FinishedRun, tmp_path: Path):

@@ -486,8 +486,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize(
+    ("damage", "split"), [("changed", "train"), ("truncated", "train"), ("missing", "train"), ("changed", "dev")]
+)
 def test_a_damaged_shard_is_refused_at_training_and_the_remedy_that_is_named_works(
     captured: Project, damage: str, split: str
 ):
