@@ -351,7 +351,7 @@ class Run:
             layers = choose_layers(len(influence), config.layers, config.method, influence)
             self.say(f"keeps layers {layers} of {len(influence)} ({config.method})")
             model, tokenizer, end_ids = prune_layers(teacher.model, layers), teacher.tokenizer, store.end_token_ids
-            facts = {"name": f"{self.recipe.teacher.model}, {len(layers)} layers", "kept_layers": layers}
+            facts = {"name": f"{self.recipe.teacher.model} (pruned)", "kept_layers": layers}
             facts["block_influence"] = influence
         export_student(model, tokenizer, path, sorted(end_ids), extra={"start.json": json.dumps(facts, indent=1)})
 
