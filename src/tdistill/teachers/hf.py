@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class HFTeacher:
         Raises:
             TeacherLogitsError: NaN or infinite logits; names the prompt.
         """
-        recorder = _Recorder(requests, settings, self.end_token_ids)
+        recorder = _Recorder(requests, settings, self.end_token_ids, len(self.tokenizer))
         prompts = [torch.as_tensor(prompt.prompt_ids, dtype=torch.long) for prompt, _ in requests]
         pad = self.tokenizer.pad_token_id
         self.model.generate(
@@ -105,6 +106,10 @@ class HFTeacher:
             use_cache=False,
         ).last_hidden_state
         head = output_head(self.model)
+        # Rows that pad the vocabulary stand for no token.
+        num_tokens = len(self.tokenizer)
+        bias_V = None if head.bias_V is None else head.bias_V[:num_tokens]
+        head = replace(head, weight_VD=head.weight_VD[:num_tokens], bias_V=bias_V)
         trajectories = []
         for request, hidden_TD in zip(requests, hidden_BTD, strict=True):
             assert request.response_ids is not None
@@ -139,9 +144,14 @@ class _Recorder(LogitsProcessor):
     """Draws each next token from the truncated teacher, keeps its action set, and forces the token."""
 
     def __init__(
-        self, requests: Sequence[tuple[PromptTokens, int]], settings: SamplingSettings, end_ids: tuple[int, ...]
+        self,
+        requests: Sequence[tuple[PromptTokens, int]],
+        settings: SamplingSettings,
+        end_ids: tuple[int, ...],
+        num_tokens: int,
     ) -> None:
         self.requests, self.settings, self.end_ids = requests, settings, end_ids
+        self.num_tokens = num_tokens  # further columns of the logits only pad the vocabulary
         self.uniforms = [uniforms(settings, prompt.prompt_id, index) for prompt, index in requests]
         self.taken: list[list[int]] = [[] for _ in requests]
         self.sets: list[list[ActionSets]] = [[] for _ in requests]
@@ -151,7 +161,7 @@ class _Recorder(LogitsProcessor):
         alive = np.flatnonzero(self.alive)
         forced = torch.full((len(scores),), self.end_ids[0], dtype=torch.long)
         if len(alive):
-            logits_NV = scores[torch.as_tensor(alive, device=scores.device)]
+            logits_NV = scores[torch.as_tensor(alive, device=scores.device), : self.num_tokens]
             sets = _checked_sets(logits_NV, self.settings, [self.requests[int(b)][0] for b in alive])
             for b, own in zip(alive, split(sets), strict=True):
                 self.sets[b].append(own)
