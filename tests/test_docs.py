@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -45,5 +46,5 @@ def test_links_in_the_documents_lead_somewhere():
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective_has_a_page_that_names_its_settings(name):
     page = (ROOT / "docs" / "objectives" / f"{name}.md").read_text(encoding="utf-8")
-    for setting in OBJECTIVES[name].__dataclass_fields__:
-        assert f"`{setting}`" in page
+    for setting in fields(OBJECTIVES[name]):
+        assert f"`{setting.name}`" in page

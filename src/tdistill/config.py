@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,10 +28,9 @@ from pydantic import (
 from tdistill.actions import check_p
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, did_you_mean
 from tdistill.evaluation.records import EvaluationSettings
-from tdistill.objectives import OBJECTIVES, Objective, objective_class
+from tdistill.objectives import OBJECTIVES, check_full_support, objective_class
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
-from tdistill.types import ActionStats, Ends
 
 # Set by the run itself, never by a recipe.
 _RESERVED_ARGUMENTS = ("output_dir",)
@@ -377,26 +375,9 @@ def _check_without_sets(args: TDistillConfig, where: str) -> None:
             f"{where}.off_support = {args.off_support} has nothing to act on at capture.p_max = 1. Set it to none."
         )
     try:
-        objective(_one_position_without_set(objective))
+        check_full_support(objective)
     except TDistillError as error:
         raise type(error)(f"{where}, capture.p_max = 1: {error}") from error
-
-
-def _one_position_without_set(objective: Objective) -> ActionStats:
-    none, one = torch.zeros(0), torch.zeros(1)
-    return ActionStats(
-        offsets=torch.zeros(2, dtype=torch.int64),
-        q_M=none,
-        log_prob_teacher_M=none,
-        q_taken_N=one,
-        sequence_N=torch.zeros(1, dtype=torch.int64),
-        has_action_N=torch.ones(1, dtype=torch.bool),
-        ends_N=torch.tensor([int(Ends.TERMINAL)]),
-        log_normaliser_N=one,
-        normaliser_support="vocabulary",
-        value_N=one if objective.needs_value_head else None,
-        full_support=True,
-    )
 
 
 def _check_dev_metric(args: TDistillConfig, where: str, without_sets: bool) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, UnsupportedModelError
 from tdistill.head import output_head
 from tdistill.kernels.dispatch import Support
-from tdistill.objectives import Objective, OffSupport
+from tdistill.objectives import Objective, OffSupport, check_full_support
 from tdistill.prompts import check_same_tokenizer, check_vocabulary
 from tdistill.store import Store
 from tdistill.training.arguments import TDistillConfig
@@ -29,7 +29,7 @@ from tdistill.training.batches import TokenBudgetSampler
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
 from tdistill.training.student import VALUE_HEAD, add_value_head, attach_statistics
-from tdistill.types import ActionStats, Ends
+from tdistill.types import ActionStats
 
 
 class NonFiniteLossError(TDistillError):
@@ -101,7 +101,7 @@ class TDistillTrainer(Trainer):
         if self.uses_off_support:
             self.support = self.off_support.support
         if self.full_support:
-            self.objective(_one_state())  # an objective that needs listed sets says so before training
+            check_full_support(self.objective)
         if eval_dataset is not None and eval_dataset.p_max == 1.0 and args.metric_for_best_model == "eval_kl_set_tail":
             args.metric_for_best_model = "eval_nll"
 
@@ -327,24 +327,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except ValueError:
             continue
     return max(complete)[1] if complete else None
-
-
-def _one_state() -> ActionStats:
-    """A single transition of the full support, all zeros."""
-    zero_1, whole_1 = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    return ActionStats(
-        offsets=torch.zeros(2, dtype=torch.long),
-        q_M=torch.zeros(0),
-        log_prob_teacher_M=torch.zeros(0),
-        q_taken_N=zero_1,
-        sequence_N=whole_1,
-        has_action_N=torch.ones(1, dtype=torch.bool),
-        ends_N=whole_1 + Ends.TERMINAL,
-        log_normaliser_N=zero_1,
-        normaliser_support="vocabulary",
-        value_N=zero_1,
-        full_support=True,
-    )
 
 
 def _evaluation_sums(stats: ActionStats, top_N: Tensor, action_ids_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
