@@ -21,37 +21,25 @@ from tdistill.training import TDistillTrainer
 
 BD = {"name": "iq_learn", "alpha": 10.0, "coordinates": "value_head", "first_order": "expected"}
 INF = {**BD, "alpha": float("inf"), "coordinates": "raw"}
+DEFAULT = {**BD, "alpha": 100.0}
 VARIANTS = {
     "sft continued": {"objective": "sft"},
     "sft continued, learning rate 1e-4": {"objective": "sft", "learning_rate": 1e-4},
     "sft continued, learning rate 3e-5": {"objective": "sft", "learning_rate": 3e-5},
-    "alpha 100, value head, negatives (default)": {"objective": {**BD, "alpha": 100.0}, "off_support": "negatives"},
-    "the default, learning rate 1e-4": {
-        "objective": {**BD, "alpha": 100.0},
-        "off_support": "negatives",
-        "learning_rate": 1e-4,
-    },
+    "default: alpha 100, value head, expected, negatives": {"objective": DEFAULT},
+    "alpha inf, negatives": {"objective": INF},
     "as printed: alpha 0.1, raw, sampled, no control": {
         "objective": {**BD, "alpha": 0.1, "coordinates": "raw", "first_order": "sampled"},
         "off_support": "none",
     },
-    "alpha inf, no control": {"objective": INF, "off_support": "none"},
-    "alpha inf, negatives": {"objective": INF, "off_support": "negatives"},
-    "alpha 100, value head, gamma 0, negatives": {
-        "objective": {**BD, "alpha": 100.0, "gamma": 0.0},
-        "off_support": "negatives",
-    },
-    "alpha 10, value head, negatives": {"objective": BD, "off_support": "negatives"},
-    "alpha inf, tail": {"objective": INF, "off_support": "tail"},
+    "default with gamma 0": {"objective": {**DEFAULT, "gamma": 0.0}},
     "alpha inf, union": {"objective": INF, "off_support": "union"},
-    "alpha 100, value head, sampled, negatives": {
-        "objective": {**BD, "alpha": 100.0, "first_order": "sampled"},
-        "off_support": "negatives",
-    },
-    "alpha 100, raw, negatives": {
-        "objective": {**BD, "alpha": 100.0, "coordinates": "raw"},
-        "off_support": "negatives",
-    },
+    "default with the sampled first-order term": {"objective": {**DEFAULT, "first_order": "sampled"}},
+    "default with alpha 10": {"objective": BD},
+    "alpha inf, tail": {"objective": INF, "off_support": "tail"},
+    "alpha inf, no control": {"objective": INF, "off_support": "none"},
+    "default, learning rate 1e-4": {"objective": DEFAULT, "learning_rate": 1e-4},
+    "default with raw coordinates": {"objective": {**DEFAULT, "coordinates": "raw"}},
 }
 
 
