@@ -13,9 +13,11 @@ from references.sets import log_sum_exp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from tdistill.training.collate import STATS_FIELDS
 from tdistill.types import ActionSets, ActionStats, Ends, Trajectory
 
-FLOAT_FIELDS = ("q_M", "q_taken_N", "log_normaliser_N", "value_N")
+FLOAT_FIELDS = ("q_M", "q_taken_N", "log_normaliser_N", "value_N", "q_max_N")
+VOCAB_SIZE = 12
 
 
 def random_state(rng: np.random.Generator, size: int, acts: bool = True) -> State:
@@ -24,17 +26,26 @@ def random_state(rng: np.random.Generator, size: int, acts: bool = True) -> Stat
     logits = logits + rng.normal(size=size).round()
     teacher = np.sort(rng.normal(size=size + 1))[::-1]
     teacher = (teacher - log_sum_exp(teacher))[:size]
+    taken = int(rng.integers(size)) if acts else None
+    every_logit = np.append(logits, rng.normal(size=3))
     return State(
         logits=logits,
         teacher_log_probs=teacher,
-        taken=int(rng.integers(size)) if acts else None,
-        normaliser=log_sum_exp(np.append(logits, rng.normal(size=3))),
+        taken=taken,
+        normaliser=log_sum_exp(every_logit),
         value_head=float(rng.normal()),
+        q_max=float(every_logit.max()),
+        teacher_log_sum_exp=float(rng.normal()),
+        slow_logits=logits + rng.normal(size=size),
+        slow_value_head=float(rng.normal()),
     )
 
 
-def random_episodes(seed: int, copies: int = 1) -> list[Episode]:
-    """Every kind of ending, single-token sets, and transitions dropped at the start, in the middle and at the end."""
+def random_episodes(seed: int, copies: int = 1, with_student: bool = False) -> list[Episode]:
+    """Every kind of ending, single-token sets, and transitions dropped at the start, in the middle and at the end.
+
+    ``with_student`` adds episodes whose actions the student took.
+    """
     rng = np.random.default_rng(seed)
 
     def states(*sizes: int, idle: tuple[int, ...] = ()) -> list[State]:
@@ -50,6 +61,11 @@ def random_episodes(seed: int, copies: int = 1) -> list[Episode]:
             Episode(states(6, 2, idle=(1,)), "terminal"),
             Episode(states(1), "terminal"),
         ]
+        if with_student:
+            episodes += [
+                Episode(states(2, 5, 1, 3), "terminal", from_student=True),
+                Episode(states(3, 2, 4, idle=(2,)), "truncated", bootstrap=True, from_student=True),
+            ]
     return episodes
 
 
@@ -66,24 +82,43 @@ def pack(episodes: list[Episode], dtype: torch.dtype = torch.float64) -> ActionS
     def floats(values: Iterable[float]) -> Tensor:
         return torch.tensor([float(v) for v in values], dtype=dtype)
 
-    return ActionStats(
+    stats = ActionStats(
         offsets=torch.tensor(np.cumsum([0] + [len(s.logits) for s in states])),
         q_M=floats(x for s in states for x in s.logits),
         log_prob_teacher_M=floats(x for s in states for x in s.teacher_log_probs),
         # Where no action counts the field is arbitrary, so it is far off here.
         q_taken_N=floats(123.0 if s.taken is None else s.logits[s.taken] for s in states),
+        log_prob_taken_teacher_N=floats(0.0 if s.taken is None else s.teacher_log_probs[s.taken] for s in states),
+        teacher_log_sum_exp_N=floats(s.teacher_log_sum_exp for s in states),
+        from_student_N=torch.tensor([episode.from_student for episode in episodes for _ in episode.states]),
         sequence_N=torch.tensor([b for b, episode in enumerate(episodes) for _ in episode.states]),
         has_action_N=torch.tensor([s.taken is not None for s in states]),
         ends_N=torch.tensor([int(e) for e in ends]),
         log_normaliser_N=floats(s.normaliser for s in states),
         normaliser_support="vocabulary",
         value_N=floats(s.value_head for s in states),
+        q_max_N=floats(s.q_max for s in states),
+        vocab_size=VOCAB_SIZE,
     )
+    if any(s.slow_logits is None for s in states):
+        return stats
+    slow = replace(
+        stats,
+        q_M=floats(x for s in states for x in s.slow_logits),
+        q_taken_N=floats(123.0 if s.taken is None else s.slow_logits[s.taken] for s in states),
+        value_N=floats(s.slow_value_head for s in states),
+        # A slow copy is asked for values only.
+        log_normaliser_N=None,
+        normaliser_support=None,
+        q_max_N=None,
+    )
+    return replace(stats, target=slow)
 
 
 def with_leaves(stats: ActionStats) -> ActionStats:
     """The same statistics, whose floating fields of the student are leaves that collect gradients."""
-    leaves = {name: getattr(stats, name).detach().clone().requires_grad_() for name in FLOAT_FIELDS}
+    given = {name: getattr(stats, name) for name in FLOAT_FIELDS if getattr(stats, name) is not None}
+    leaves = {name: field.detach().clone().requires_grad_() for name, field in given.items()}
     return replace(stats, **leaves)
 
 
@@ -92,7 +127,7 @@ def gradients(stats: ActionStats) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for name in FLOAT_FIELDS
-        for leaf in [getattr(stats, name)]
+        if (leaf := getattr(stats, name)) is not None
     }
 
 
@@ -164,13 +199,18 @@ def statistics(
 ) -> ActionStats:
     """Run a model prepared with ``attach_statistics`` on a collated batch."""
     outputs = model(**batch)
-    fields = ("offsets", "log_prob_teacher_M", "sequence_N", "has_action_N", "ends_N")
-    return ActionStats(
-        **{name: batch[name] for name in fields},
+    stats = ActionStats(
+        **{name: batch[name] for name in STATS_FIELDS},
         q_M=outputs["q_M"],
         q_taken_N=outputs["q_taken_N"],
         log_normaliser_N=outputs.get("log_normaliser_N"),
         normaliser_support=support,  # type: ignore[arg-type]
         value_N=outputs.get("value_N"),
+        q_max_N=outputs.get("q_max_N"),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
         full_support=full_support,
+    )
+    slow = {name: getattr(stats, name) for name in ("q_M", "q_taken_N", "value_N")}
+    return replace(
+        stats, target=replace(stats, **{name: None if x is None else 0.9 * x.detach() for name, x in slow.items()})
     )

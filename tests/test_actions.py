@@ -10,11 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references.sets import possible_sizes, top_p_set
+from references.sets import fewest_slots, losses_along, mass_of, possible_sizes, top_p_set
 
 from tdistill import actions
-from tdistill.actions import check_p, nested_sizes, sample_from_sets, top_p_sets
-from tdistill.errors import ProbabilityRangeError
+from tdistill.actions import (
+    budget_sizes,
+    check_p,
+    kappa,
+    nested_sizes,
+    prefix_mass,
+    sample_from_sets,
+    set_loss_nats,
+    top_p_sets,
+)
+from tdistill.errors import DomainError, ProbabilityRangeError
 from tdistill.types import ActionSets
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
@@ -207,3 +216,165 @@ def test_sample_frequencies_follow_the_projected_probabilities():
     counts = np.array([(drawn == token).sum() for token in one.ids])
     assert counts.sum() == num
     np.testing.assert_allclose(counts / num, wanted, atol=1.5 / num)
+
+
+# ---- loss of value, and the smallest sets within a budget ----
+
+
+def sets_of(*probs: list[float]) -> ActionSets:
+    """Action sets with these probabilities; token ids stand for nothing."""
+    sizes = [len(state) for state in probs]
+    return ActionSets(
+        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        ids=np.array([token for size in sizes for token in range(size)], dtype=np.int32),
+        log_probs=np.log(np.concatenate([*probs, []])),
+        covered_mass=np.array([sum(state) for state in probs], dtype=np.float32),
+        log_sum_exp=np.zeros(len(sizes), dtype=np.float32),
+    )
+
+
+def test_kappa_by_hand():
+    # −γ/(1−γ) · log p: 1 · log 2; 3 · log 4; and the limits.
+    assert kappa(0.5, 0.5) == pytest.approx(math.log(2))
+    assert kappa(0.25, 0.75) == pytest.approx(3 * math.log(4))
+    assert kappa(0.5, 0.0) == kappa(1.0, 0.9) == kappa(1.0, 1.0) == 0.0
+    assert kappa(0.5, 1.0) == math.inf
+
+
+def test_kappa_is_the_loss_on_sets_of_mass_exactly_p_for_ever():
+    # Σ_{k≥1} γ^k (−log p): all terms of set_loss_nats but the first. 0.9^500 is below 1e-22.
+    sets = sets_of(*[[0.7]] * 500)
+    assert set_loss_nats(sets, np.ones(500, dtype=int), 0.9) + math.log(0.7) == pytest.approx(kappa(0.7, 0.9))
+
+
+def test_mass_of_prefixes_by_hand():
+    sets = sets_of([0.5, 0.25, 0.125], [0.8, 0.1])
+    np.testing.assert_allclose(prefix_mass(sets, np.array([2, 1])), [0.75, 0.8])
+    np.testing.assert_allclose(
+        prefix_mass(sets, np.array([[0, 0], [1, 1], [3, 2]])), [[0.0, 0.0], [0.5, 0.8], [0.875, 0.9]]
+    )
+    # Rounding of stored log-probabilities can put a sum above 1.
+    assert prefix_mass(sets_of([0.7, 0.3002]), np.array([2])).tolist() == [1.0]
+
+
+def test_budget_by_hand():
+    # γ = ½. −log Z of the first: log 2 = 0.693, −log ¾ = 0.288, −log ⅞ = 0.134; of the second, halved: 0.112, 0.053.
+    # On one slot each the loss is 0.805; discounted gains are 0.405, 0.154 (first) and 0.059 (second).
+    sets = sets_of([0.5, 0.25, 0.125], [0.8, 0.1])
+    wanted = {0.9: [1, 1], 0.5: [2, 1], 0.3: [3, 1], 0.2: [3, 2]}
+    losses = {0.9: 0.8047, 0.5: 0.3993, 0.3: 0.2451, 0.2: 0.1862}
+    for budget, sizes in wanted.items():
+        found = budget_sizes(sets, budget, 0.5)
+        assert found.tolist() == sizes
+        assert set_loss_nats(sets, found, 0.5) == pytest.approx(losses[budget], abs=5e-5)
+    # 0.186 is what the stored sets lose: below it they are kept whole, and the loss says that the budget is missed.
+    missed = budget_sizes(sets, 0.18, 0.5)
+    assert missed.tolist() == [3, 2]
+    assert set_loss_nats(sets, missed, 0.5) > 0.18
+
+
+def test_discount_decides_which_state_gets_the_slots():
+    # Two equal states: 0.7 + 0.2 each. At γ = 1 the first of the equal gains is taken, at γ < 1 it is the larger one;
+    # a loss of 0.47 needs one of the two further slots at γ = 1 (0.713 → 0.462).
+    sets = sets_of([0.7, 0.2], [0.7, 0.2])
+    assert budget_sizes(sets, 0.47, 1.0).tolist() == [2, 1]
+    assert budget_sizes(sets, 0.45, 0.9).tolist() == [2, 1]
+    assert budget_sizes(sets, 0.3, 1.0).tolist() == [2, 2]
+    # At γ = 0 only the first state counts.
+    assert budget_sizes(sets, 0.2, 0.0).tolist() == [2, 1]
+
+
+falling = st.lists(st.integers(1, 60), min_size=1, max_size=4).map(lambda xs: sorted(xs, reverse=True))
+
+
+@PROPERTY
+@given(st.lists(falling, min_size=1, max_size=4), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.floats(0.02, 4.0))
+def test_budget_takes_the_fewest_slots_of_all_combinations(weights, gamma, budget):
+    # Many ties; the mass outside the sets is that of 5 further units.
+    probs = [[w / (sum(state) + 5) for w in state] for state in weights]
+    sets = sets_of(*probs)
+    logs = [np.log(state).tolist() for state in probs]
+    sizes = budget_sizes(sets, budget, gamma)
+    loss = losses_along([mass_of(state[:k]) for state, k in zip(logs, sizes, strict=True)], gamma)[0]
+    assert set_loss_nats(sets, sizes, gamma) == pytest.approx(loss, abs=1e-12)
+    assert all(1 <= k <= len(state) for k, state in zip(sizes, logs, strict=True))
+    strict, loose = (fewest_slots(logs, budget + slack, gamma) for slack in (-1e-12, 1e-12))
+    if loose is None:
+        assert sizes.tolist() == [len(state) for state in logs] and loss > budget
+    elif strict is not None:
+        assert loose <= sizes.sum() <= strict and loss <= budget + 1e-12
+
+
+def test_budget_on_sets_of_a_teacher():
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 300)) * 2)
+    sets = top_p_sets(logits, 0.95)
+    stored = np.diff(sets.offsets)
+    least = set_loss_nats(sets, stored, 0.99)
+    before = stored
+    for budget in (1.001 * least, 2 * least, 4 * least):
+        sizes = budget_sizes(sets, budget, 0.99)
+        assert (sizes >= 1).all() and (sizes <= before).all() and sizes.sum() < before.sum()
+        assert set_loss_nats(sets, sizes, 0.99) <= budget
+        # One slot less anywhere, and the budget is missed.
+        for row in np.flatnonzero(sizes > 1):
+            fewer = sizes - (np.arange(len(sizes)) == row)
+            assert set_loss_nats(sets, fewer, 0.99) > budget
+        before = sizes
+
+
+def test_expected_loss_along_trajectories_is_the_exact_loss_of_value():
+    # A tree of depth 2 with π* and any r = Q* − γ V*': backward recursions of V* and of the value of proj_p π*, against
+    # the mean of set_loss_nats over the trajectories of proj_p π*.
+    gamma = 0.9
+    root, leaves = [0.5, 0.3, 0.2], [[0.6, 0.4], [0.9, 0.1], [0.55, 0.45]]
+    value_root, value_leaves = 2.0, [1.0, -3.0, 0.5]
+    sizes_root, sizes_leaves = 2, [1, 2, 1]
+
+    def kept(probs: list[float], size: int) -> list[float]:
+        return [x / sum(probs[:size]) for x in probs[:size]]
+
+    def soft(probs: list[float], q: list[float]) -> float:
+        return sum(x * (y - math.log(x)) for x, y in zip(probs, q, strict=True))
+
+    # Q*(s,a) = V*(s) + log π*(a|s); after a leaf's action the episode ends, so r = Q* there.
+    projected = [
+        soft(kept(probs, k), [value + math.log(x) for x in probs[:k]])
+        for probs, value, k in zip(leaves, value_leaves, sizes_leaves, strict=True)
+    ]
+    reward = [value_root + math.log(x) - gamma * v for x, v in zip(root, value_leaves, strict=True)]
+    q_root = [r + gamma * v for r, v in zip(reward, projected, strict=True)][:sizes_root]
+    exact = value_root - soft(kept(root, sizes_root), q_root)
+    expected = sum(
+        weight * set_loss_nats(sets_of(root, leaves[a]), np.array([sizes_root, sizes_leaves[a]]), gamma)
+        for a, weight in enumerate(kept(root, sizes_root))
+    )
+    assert expected == pytest.approx(exact, abs=1e-12)
+
+
+def test_budget_where_nothing_is_listed():
+    # p_max = 1: each set is the whole vocabulary, of mass 1.
+    nothing = sets_of([], [], [])
+    assert set_loss_nats(nothing, np.zeros(3, dtype=int), 0.9) == 0.0
+    assert budget_sizes(nothing, 1.0, 0.9).tolist() == [0, 0, 0]
+    assert budget_sizes(sets_of(), 1.0, 0.9).tolist() == []
+    assert budget_sizes(sets_of([0.5, 0.4], [], [0.9]), 0.3, 1.0).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.inf, math.nan])
+def test_a_budget_that_is_no_positive_number_is_refused(budget):
+    with pytest.raises(DomainError, match="budget_nats"):
+        budget_sizes(sets_of([0.5]), budget, 0.9)
+
+
+@pytest.mark.parametrize("gamma", [-0.01, 1.01, math.nan])
+def test_a_discount_outside_its_range_is_refused(gamma):
+    sets = sets_of([0.5])
+    for call in (
+        lambda: kappa(0.5, gamma),
+        lambda: set_loss_nats(sets, np.array([1]), gamma),
+        lambda: budget_sizes(sets, 1.0, gamma),
+    ):
+        with pytest.raises(DomainError, match="gamma"):
+            call()
+    with pytest.raises(ProbabilityRangeError):
+        kappa(0.0, 0.5)

@@ -283,6 +283,28 @@ def test_a_hyperparameter_outside_its_domain_names_the_phase(plain: Path):
         load_recipe(plain, ["phases.bd.args.objective.alpha=-1"])
 
 
+def test_an_objective_that_needs_rollouts_without_them_is_refused(plain: Path):
+    mixture = "phases.bd.args.objective={name: iq_learn, student_value_weight: 0.5}"
+    with pytest.raises(ConfigError, match=r"phases\.bd\.args\.objective learns from the student's own.*rollouts"):
+        load_recipe(plain, [mixture])
+    recipe = load_recipe(plain, [mixture, "phases.bd.rollouts={every: 3}"])
+    assert (recipe.phases["bd"].rollouts.every, recipe.phases["bd"].rollouts.share) == (3, 0.5)
+    assert "phases.bd.rollouts" in refusal(plain, "phases.bd.rollouts={evry: 3}")
+    assert "rollouts.share = 2" in refusal(plain, "phases.bd.rollouts={share: 2}")
+
+
+def test_a_budget_is_in_the_place_of_p(plain: Path):
+    assert load_recipe(plain, ["phases.bd.args.p_budget_nats=2"]).arguments("bd", "x").p_budget_nats == 2
+    with pytest.raises(ConfigError, match=r"p = 0\.5 and p_budget_nats = 2\.0 exclude each other"):
+        load_recipe(plain, ["phases.bd.args.p_budget_nats=2", "phases.bd.args.p=0.5"])
+    with pytest.raises(DomainError, match="budget_nats = 0"):
+        load_recipe(plain, ["phases.bd.args.p_budget_nats=0"])
+    with pytest.raises(DomainError, match="p_budget_gamma = 2"):
+        load_recipe(plain, ["phases.bd.args.p_budget_nats=1", "phases.bd.args.p_budget_gamma=2"])
+    with pytest.raises(ProbabilityRangeError, match=r"phases\.bd\.args\.p_budget_nats = 1\.0 needs action sets"):
+        load_recipe(plain, ["phases.bd.args.p_budget_nats=1", "capture.p_max=1"])
+
+
 def test_settings_of_an_objective_without_its_name_are_refused(plain: Path):
     # `objective.alpha` over `objective: sft` must not become the objective that has an alpha.
     message = refusal(plain, "phases.sft.args.objective.alpha=1")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from tdistill.errors import ProbabilityRangeError
+from tdistill.errors import DomainError, ProbabilityRangeError
 from tdistill.types import ActionSets
 
 # First guess for the number of candidates to sort; rows that need more are sorted again, alone, 8 times wider.
@@ -18,6 +20,21 @@ def check_p(p: float, name: str = "p") -> None:
     """Raise ProbabilityRangeError unless 0 < p <= 1."""
     if not 0.0 < p <= 1.0:
         raise ProbabilityRangeError(f"{name} = {p} is outside (0, 1]. Use a probability such as 0.8, or 1 for all.")
+
+
+def check_budget(budget_nats: float) -> None:
+    """Raise DomainError unless 0 < budget_nats < ∞."""
+    if not 0.0 < budget_nats < math.inf:
+        raise DomainError(
+            f"budget_nats = {budget_nats} is not positive and finite. Use a loss in nats; "
+            "`tdistill check sparsity STORE` shows what budgets cost."
+        )
+
+
+def check_discount(gamma: float, name: str = "gamma") -> None:
+    """Raise DomainError unless 0 <= gamma <= 1."""
+    if not 0.0 <= gamma <= 1.0:
+        raise DomainError(f"{name} = {gamma} is outside [0, 1]. The paper uses 0.99.")
 
 
 def top_p_sets(logits_NV: Tensor, p: float, max_actions: int | None = None, temperature: float = 1.0) -> ActionSets:
@@ -120,3 +137,117 @@ def nested_sizes(sets: ActionSets, p: float) -> np.ndarray:
     mass_before_M = mass - np.exp(sets.log_probs.astype(np.float64)) - np.repeat(before, np.diff(sets.offsets))
     inside = np.concatenate([[0], np.cumsum(mass_before_M < p)])
     return inside[sets.offsets[1:]] - inside[sets.offsets[:-1]]
+
+
+def kappa(p: float, gamma: float) -> float:
+    """Bound on the loss of value that comes from acting on A_p, for every teacher and state.
+
+    κ(p) = −γ/(1−γ) · log p ≥ ‖Q* − Q̄*_p‖_∞ over supported actions, for a teacher that is soft-optimal for its reward.
+    Source: arXiv 2505.20335 (bounds of the top-p soft Bellman operator).
+    Differs from the source: nothing.
+
+    Args:
+        p: target mass, in (0, 1].
+        gamma: discount, in [0, 1].
+    Returns:
+        Nats; 0 at p = 1, and infinite at γ = 1 below it.
+    Raises:
+        ProbabilityRangeError: p outside (0, 1].
+        DomainError: gamma outside [0, 1].
+
+    >>> round(kappa(0.8, 0.99), 2)
+    22.09
+    """
+    check_p(p)
+    check_discount(gamma)
+    if p == 1.0:
+        return 0.0
+    return -gamma / (1.0 - gamma) * math.log(p) if gamma < 1.0 else math.inf
+
+
+def prefix_mass(sets: ActionSets, sizes: np.ndarray) -> np.ndarray:
+    """Teacher mass of the first slots of each set.
+
+    Z(s) = Σ_{i ≤ size(s)} π(a_i|s), from the stored log-probabilities, at most 1. An empty set has mass 1: a store
+    lists no slots only at p_max = 1, where every set is the whole vocabulary.
+
+    Args:
+        sets: action sets of R states.
+        sizes: int [..., R], each from 0 to the size of its set.
+    Returns:
+        float64 [..., R]. log Z is off by at most half a quantisation step of the store.
+    """
+    mass = _cumulative_mass(sets)
+    first_R = sets.offsets[:-1]
+    mass_R = np.minimum(mass[first_R + sizes] - mass[first_R], 1.0)
+    return np.where(np.diff(sets.offsets) > 0, mass_R, 1.0)
+
+
+def set_loss_nats(sets: ActionSets, sizes: np.ndarray, gamma: float) -> float:
+    """Discounted loss of value along one trajectory on prefixes of its sets.
+
+    Σ_{t≥0} γ^t (−log Z(s_t)), with t counted from the first of the states.  Derived: the one-step loss in value is
+    −log Z(s), so the expectation of this sum over trajectories of proj_p π* is V*(s_0) − V̄(s_0), V̄ the value of
+    proj_p π* (arXiv 2505.20335, §3, for the operator). On one trajectory it is an estimate of that expectation; on
+    one that was truncated the terms after the cut are missing, and all terms are at least 0.
+
+    Args:
+        sets: action sets of the R states of one trajectory.
+        sizes: int64 [R], slots used of each set.
+        gamma: discount, in [0, 1].
+    Returns:
+        Nats. 0 where the sets are empty (p_max = 1).
+    Raises:
+        DomainError: gamma outside [0, 1].
+    """
+    check_discount(gamma)
+    return 0.0 - float(_discounts(len(sets), gamma) @ np.log(prefix_mass(sets, sizes)))
+
+
+def budget_sizes(sets: ActionSets, budget_nats: float, gamma: float) -> np.ndarray:
+    """Sizes of the smallest prefixes that keep a trajectory's loss of value within a budget.
+
+    Minimises Σ_t k_t subject to Σ_t γ^t (−log Z_{k_t}(s_t)) ≤ budget and k_t ≥ 1, Z_k the mass of the first k slots.
+    Derived; the loss is :func:`set_loss_nats`. It replaces the fixed mass p of arXiv 2505.20335, §3.
+
+    Where even the stored sets lose more than the budget, all stored slots are kept; such a trajectory is found by
+    ``set_loss_nats(sets, np.diff(sets.offsets), gamma) > budget_nats``. Among equal gains the earlier slot comes first.
+    A token that was added to the set of a given answer is a slot like any other, the last one.
+
+    Args:
+        sets: action sets of the R states of one trajectory.
+        budget_nats: largest loss, nats, above 0.
+        gamma: discount, in [0, 1]. Later states weigh γ^t, so below 1 their sets get smaller.
+    Returns:
+        int64 [R]; at least 1 where the stored set is not empty. 0 where it is: at p_max = 1 a set is the whole
+        vocabulary, which loses nothing and cannot be shortened.
+    Raises:
+        DomainError: budget_nats not positive and finite, or gamma outside [0, 1].
+    """
+    check_budget(budget_nats)
+    check_discount(gamma)
+    stored_R = np.diff(sets.offsets)
+    if set_loss_nats(sets, stored_R, gamma) > budget_nats:
+        return stored_R
+    least_R = np.minimum(stored_R, 1)
+    row_M = np.repeat(np.arange(len(sets)), stored_R)
+    first_M = sets.offsets[row_M]
+    mass = _cumulative_mass(sets)
+    log_mass_M = np.log(np.minimum(mass[1:] - mass[first_M], 1.0))
+    further = np.flatnonzero(np.arange(len(row_M)) > first_M)
+    gain = _discounts(len(sets), gamma)[row_M[further]] * (log_mass_M[further] - log_mass_M[further - 1])
+    # Optimal, and prefixes: log(1 + π_k / Z_{k−1}) falls with k, as π_k falls and Z_{k−1} rises, so the n largest gains
+    # of all states together are those of n slots that continue each state's prefix, and no other n slots gain more.
+    order = np.argsort(-gain, kind="stable")
+    loss = set_loss_nats(sets, least_R, gamma) - np.concatenate([[0.0], np.cumsum(gain[order])])
+    num_further = np.count_nonzero(loss > budget_nats)
+    return least_R + np.bincount(row_M[further[order[:num_further]]], minlength=len(sets))
+
+
+def _cumulative_mass(sets: ActionSets) -> np.ndarray:
+    """Mass of all slots before each slot and after the last, float64 [M + 1]."""
+    return np.concatenate([[0.0], np.cumsum(np.exp(sets.log_probs.astype(np.float64)))])
+
+
+def _discounts(num_states: int, gamma: float) -> np.ndarray:
+    return float(gamma) ** np.arange(num_states)

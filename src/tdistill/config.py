@@ -31,6 +31,7 @@ from tdistill.evaluation.records import EvaluationSettings
 from tdistill.objectives import OBJECTIVES, check_full_support, objective_class
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
+from tdistill.training.rollouts import RolloutSettings
 
 # Set by the run itself, never by a recipe.
 _RESERVED_ARGUMENTS = ("output_dir",)
@@ -137,6 +138,7 @@ class PhaseConfig(_Strict):
 
     init: str | None = None
     control: bool = False
+    rollouts: RolloutSettings | None = None
     args: dict[str, Any] = {}
 
     @field_validator("args")
@@ -227,6 +229,11 @@ class Recipe(_Strict):
                 )
             if p_max == 1.0:
                 _check_without_sets(args, where)
+            if args.build_objective().needs_rollouts and self.phases[name].rollouts is None:
+                raise ConfigError(
+                    f"{where}.objective learns from the student's own answers with these settings; add "
+                    f"phases.{name}.rollouts, for example {{every: 50, share: 0.5}}."
+                )
             _check_dev_metric(args, where, without_sets=p_max == 1.0)
         return self
 
@@ -369,6 +376,11 @@ def _check_without_sets(args: TDistillConfig, where: str) -> None:
     if args.p not in (None, 1.0):
         raise ProbabilityRangeError(
             f"{where}.p = {args.p}, but capture.p_max = 1 keeps no action sets. Leave p empty, or lower p_max."
+        )
+    if args.p_budget_nats is not None:
+        raise ProbabilityRangeError(
+            f"{where}.p_budget_nats = {args.p_budget_nats} needs action sets, and capture.p_max = 1 keeps none. Lower "
+            "p_max, or drop the budget."
         )
     if args.off_support != "none":
         raise ConfigError(

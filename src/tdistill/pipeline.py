@@ -57,6 +57,7 @@ from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
+from tdistill.training.rollouts import Rollouts
 from tdistill.training.trainer import TDistillTrainer, last_checkpoint
 from tdistill.types import PromptTokens
 
@@ -131,7 +132,7 @@ class Run:
         self._note_time("capture", time.perf_counter() - started)
 
     def train(self) -> None:
-        """Train every phase that is not trained yet. Needs the stores and the start, not the teacher."""
+        """Train every phase that is not trained yet. Needs the stores and the start; the teacher only for rollouts."""
         stores = {split: Store.open(self.store_path(split)) for split in ("train", "dev")}
         for name in self.recipe.phases:
             if (p := self.recipe.arguments(name, "unused").p) is not None and p > stores["train"].p_max:
@@ -385,6 +386,7 @@ class Run:
             tokenizer,
             peft_config=adapter,
             text_dataset=self._plain_text(tokenizer),
+            rollouts=self._rollouts(name, stores["train"]),
             callbacks=[metrics],
         )
         if state is not None and state.global_step >= state.max_steps:
@@ -409,6 +411,22 @@ class Run:
             extra={"phase.json": json.dumps(facts, indent=1)},
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _rollouts(self, name: str, store: Store) -> Rollouts | None:
+        """Rounds of the student's answers to the prompts of the store, for a phase that asks for them."""
+        settings = self.recipe.phases[name].rollouts
+        if settings is None:
+            return None
+
+        def load_scorer() -> HFTeacher:
+            teacher = self.load_teacher()
+            self._check_teacher(teacher, store)
+            return teacher
+
+        rows = (store[i] for i, (_, answer_index) in enumerate(store.jobs) if answer_index == 0)
+        prompts = [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
+        template = store.identity["template"]
+        return Rollouts(settings, prompts, load_scorer, self.recipe.capture.sampling(), template)
 
     def _texts(self) -> list[str] | None:
         data = self.recipe.data

@@ -80,7 +80,8 @@ class Trajectory:
         prompt_ids: int32 [P] token ids of the rendered prompt.
         response_ids: int32 [T] token ids of the answer; includes the end token when ``ends`` is ``terminal``.
         ends: ``terminal`` (an end token was produced) or ``truncated`` (length limit).
-        source: ``teacher`` (sampled from the truncated teacher) or ``given`` (an existing answer that was scored).
+        source: ``teacher`` (sampled from the truncated teacher), ``given`` (an existing answer that was scored) or
+            ``student`` (sampled from the student in training and scored; never in a store, which calls it given).
         sets: action sets of the T states before each response token, and of the state after the last token when
             truncated. A store with p_max = 1 keeps no lists: every set is empty there.
     """
@@ -90,7 +91,7 @@ class Trajectory:
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     ends: Literal["terminal", "truncated"]
-    source: Literal["teacher", "given"]
+    source: Literal["teacher", "given", "student"]
     sets: ActionSets
 
 
@@ -114,6 +115,13 @@ class ActionStats:
         normaliser_support: ``vocabulary``, ``union`` (all sets of the micro-batch), ``negatives`` (those and weighted
             draws), or None.
         value_N: output of the scalar value head, or None.
+        q_max_N: largest logit over the vocabulary, or None.
+        vocab_size: tokens of the vocabulary, or None.
+        log_prob_taken_teacher_N: raw full-softmax teacher log-probability of the token taken, nats; 0 where
+            ``has_action_N`` is false. None where the store lists no sets.
+        teacher_log_sum_exp_N: log-sum-exp of the teacher's logits at the recorded temperature, nats, or None.
+        from_student_N: bool, true in trajectories that the student sampled and the teacher scored; None for none.
+        target: the same rows under a slow copy of the student, without gradient, or None.
         full_support: the action set is the whole vocabulary (p = 1): no slots are listed and the soft value is
             ``log_normaliser_N`` over the vocabulary.
     """
@@ -128,6 +136,12 @@ class ActionStats:
     log_normaliser_N: Tensor | None = None
     normaliser_support: Literal["vocabulary", "union", "negatives"] | None = None
     value_N: Tensor | None = None
+    q_max_N: Tensor | None = None
+    vocab_size: int | None = None
+    log_prob_taken_teacher_N: Tensor | None = None
+    teacher_log_sum_exp_N: Tensor | None = None
+    from_student_N: Tensor | None = None
+    target: ActionStats | None = None
     full_support: bool = False
 
 

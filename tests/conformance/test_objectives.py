@@ -72,7 +72,7 @@ def assert_same_metrics(found: LossOutput, wanted: LossOutput, factor: float = 1
 
 @every_loss
 def test_gradient_is_that_of_the_returned_scalar(loss):
-    stats = pack(random_episodes(11))
+    stats = pack(random_episodes(11, with_student=True))
     inputs = tuple(getattr(stats, name).clone().requires_grad_() for name in FLOAT_FIELDS)
 
     def scalar(*values: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ def test_gradient_is_that_of_the_returned_scalar(loss):
 
 @every_loss
 def test_some_gradient_arrives(loss):
-    _, found = value_and_gradients(loss, pack(random_episodes(11)))
+    _, found = value_and_gradients(loss, pack(random_episodes(11, with_student=True)))
     assert sum(float(g.abs().sum()) for g in found.values()) > 0.1
 
 
 @every_loss
 def test_metrics_are_sums_and_counts_without_gradient(loss):
-    stats = with_leaves(pack(random_episodes(12)))
+    stats = with_leaves(pack(random_episodes(12, with_student=True)))
     result = loss(stats)
     assert result.metrics
     for name, (total, count) in result.metrics.items():
@@ -102,7 +102,7 @@ def test_metrics_are_sums_and_counts_without_gradient(loss):
 
 @every_loss
 def test_order_of_sequences_does_not_matter(loss):
-    episodes = random_episodes(13)
+    episodes = random_episodes(13, with_student=True)
     order = np.random.default_rng(0).permutation(len(episodes))
     shuffled = [episodes[i] for i in order]
     value, found = value_and_gradients(loss, pack(episodes))
@@ -123,23 +123,28 @@ def test_order_of_sequences_does_not_matter(loss):
 
 @every_loss
 def test_order_of_slots_inside_a_set_does_not_matter(loss):
-    stats = pack(random_episodes(14))
+    stats = pack(random_episodes(14, with_student=True))
     rng = np.random.default_rng(0)
     offsets = stats.offsets.tolist()
     order = torch.tensor(np.concatenate([a + rng.permutation(b - a) for a, b in itertools.pairwise(offsets)]))
-    permuted = replace(stats, q_M=stats.q_M[order], log_prob_teacher_M=stats.log_prob_teacher_M[order])
+    permuted = replace(
+        stats,
+        q_M=stats.q_M[order],
+        log_prob_teacher_M=stats.log_prob_teacher_M[order],
+        target=replace(stats.target, q_M=stats.target.q_M[order], log_prob_teacher_M=stats.log_prob_teacher_M[order]),
+    )
     value, found = value_and_gradients(loss, stats)
     value_2, found_2 = value_and_gradients(loss, permuted)
     assert value_2 == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(found_2["q_M"], found["q_M"][order], rtol=1e-10, atol=1e-12)
-    for name in ("q_taken_N", "log_normaliser_N", "value_N"):
+    for name in FLOAT_FIELDS[1:]:
         torch.testing.assert_close(found_2[name], found[name], rtol=1e-10, atol=1e-12)
 
 
 @every_loss
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_batch_without_actions_gives_zero(loss, scale):
-    stats = pack(random_episodes(15))
+    stats = pack(random_episodes(15, with_student=True))
     stats = replace(stats, has_action_N=torch.zeros_like(stats.has_action_N), q_M=stats.q_M * scale)
     value, found = value_and_gradients(loss, stats)
     assert value == 0.0
@@ -148,14 +153,17 @@ def test_a_batch_without_actions_gives_zero(loss, scale):
 
 @every_loss
 def test_what_is_said_where_no_action_counts_does_not_matter(loss):
-    stats = pack(random_episodes(16))
+    stats = pack(random_episodes(16, with_student=True))
     other = replace(stats, q_taken_N=torch.where(stats.has_action_N, stats.q_taken_N, -4.0e3))
     assert value_and_gradients(loss, other)[0] == value_and_gradients(loss, stats)[0]
 
 
 @every_loss
 def test_twice_the_batch_is_twice_the_sum(loss):
-    once, twice = loss(pack(random_episodes(17))), loss(pack(random_episodes(17) * 2))
+    once, twice = (
+        loss(pack(random_episodes(17, with_student=True))),
+        loss(pack(random_episodes(17, with_student=True) * 2)),
+    )
     assert float(twice.loss) == pytest.approx(2 * float(once.loss), rel=1e-12)
     assert_same_metrics(twice, once, factor=2)
 
@@ -163,7 +171,7 @@ def test_twice_the_batch_is_twice_the_sum(loss):
 @every_loss
 def test_micro_batches_add_up(loss):
     """With the support of the normaliser held fixed."""
-    episodes = random_episodes(18, copies=2)
+    episodes = random_episodes(18, copies=2, with_student=True)
     parts = [episodes[:1], episodes[1:5], episodes[5:]]
     value, found = value_and_gradients(loss, pack(episodes))
     pieces = [value_and_gradients(loss, pack(part)) for part in parts]
@@ -174,8 +182,8 @@ def test_micro_batches_add_up(loss):
 
 @every_loss
 def test_float32_stays_close_to_float64(loss):
-    exact, found = value_and_gradients(loss, pack(random_episodes(19)))
-    value, found_32 = value_and_gradients(loss, pack(random_episodes(19), torch.float32))
+    exact, found = value_and_gradients(loss, pack(random_episodes(19, with_student=True)))
+    value, found_32 = value_and_gradients(loss, pack(random_episodes(19, with_student=True), torch.float32))
     assert value == pytest.approx(exact, rel=1e-5)
     for name in FLOAT_FIELDS:
         assert found_32[name].dtype == torch.float32

@@ -498,6 +498,17 @@ def test_plain_text_adds_a_language_modelling_term(finished: FinishedRun, tmp_pa
     assert any(not torch.equal(with_text[name], without[name]) for name in without)
 
 
+def test_a_phase_with_rollouts_asks_the_teacher_about_the_students_answers(finished: FinishedRun, tmp_path: Path):
+    phases = {"bd": {"rollouts": {"every": 2, "prompts_per_round": 6, "share": 1.0, "replay": 0.0}}}
+    folder = run_changed(finished, tmp_path, "train", phases=phases)
+    lines = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["student_share"] for line in lines if line["phase"] == "bd" and "loss" in line] == [1.0] * 4
+    own = load_file(folder / "phases" / "bd" / "student" / "model.safetensors")
+    without = load_file(finished.folder / "phases" / "bd" / "student" / "model.safetensors")
+    assert any(not torch.equal(own[name], without[name]) for name in without)
+    assert load_recipe(folder / "recipe.yaml").phases["bd"].rollouts.prompts_per_round == 6
+
+
 def test_an_infinite_alpha_is_kept_and_written_as_strict_json(finished: FinishedRun, tmp_path: Path):
     folder = run_changed(
         finished, tmp_path, phases={"bd": {"args": {"objective": {"name": "iq_learn", "alpha": float("inf")}}}}
@@ -506,7 +517,7 @@ def test_an_infinite_alpha_is_kept_and_written_as_strict_json(finished: Finished
     assert load_recipe(folder / "recipe.yaml").phases["bd"].args["objective"]["alpha"] == float("inf")
     assert tdistill("run", tmp_path / "recipe.yaml").code == 0  # the same recipe, as far as it can tell
     lines = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["chi2_penalty"] for line in lines if "chi2_penalty" in line] == [0, 0, 0, 0]
+    assert [line["phi_penalty"] for line in lines if "phi_penalty" in line] == [0, 0, 0, 0]
 
 
 def test_every_turn_of_a_conversation_has_its_own_reference(finished: FinishedRun, tmp_path: Path):

@@ -148,6 +148,28 @@ def test_check_store_where_there_is_none(tmp_path: Path, flags: tuple[str, ...])
     assert outcome.err.startswith(f"error: {tmp_path}/none: expected a store")
 
 
+def test_check_sparsity_shows_what_each_p_keeps(finished: FinishedRun, tmp_path: Path):
+    path, figure = finished.folder / "store" / "train", tmp_path / "sparsity.svg"
+    text = tdistill("check", "sparsity", path, "--plot", figure)
+    outcome = tdistill("check", "sparsity", path, "--json", "--gamma", "1")
+    assert (text.code, outcome.code) == (0, 0), text.err + outcome.err
+    study = strict_json(outcome.out)
+    assert study["path"] == str(path)
+    assert [row["p"] for row in study["by_p"]][-1] == Store.open(path).p_max
+    assert "bytes" in text.out
+    assert figure.read_text(encoding="utf-8").lstrip().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [(["--gamma", "2"], 2, "gamma = 2"), (["--plot", "nowhere/figure.svg"], 2, "there is no folder nowhere")],
+)
+def test_check_sparsity_refuses_what_makes_no_sense(finished: FinishedRun, arguments: list[str], code: int, part: str):
+    outcome = tdistill("check", "sparsity", finished.folder / "store" / "train", *arguments)
+    assert outcome.code == code
+    assert part in outcome.err
+
+
 def test_check_batches_measures_how_many_answers_depend_on_the_batch(finished: FinishedRun, tmp_path: Path):
     overrides = [f"output={tmp_path}/run", "capture.max_new_tokens=6"]
     text = tdistill("check", "batches", finished.recipe, *overrides)

@@ -17,7 +17,7 @@ from tdistill.kernels.dispatch import student_statistics, support_tokens
 from tdistill.training.collate import PackedCollator
 
 N, D, V = 60, 48, 300
-FACTOR = 2.0
+FACTOR = 4.0
 NAMES = ("q_M", "q_taken_N", "log_normaliser_N")
 
 

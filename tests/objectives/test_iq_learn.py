@@ -101,7 +101,7 @@ def test_two_steps_and_a_truncation_by_hand():
     result = objective(stats)
     assert float(result.loss) == pytest.approx(2.0**2 / 2)
     assert [float(x) for x in result.metrics["recovered_reward"]] == [2.0, 2.0]
-    assert [float(x) for x in result.metrics["chi2_penalty"]] == [2.0, 2.0]
+    assert [float(x) for x in result.metrics["phi_penalty"]] == [2.0, 2.0]
     cut = replace(stats, ends_N=torch.tensor([int(Ends.NEXT), int(Ends.TRUNCATED)]))
     result = objective(cut)
     assert float(result.loss) == pytest.approx(0.0)

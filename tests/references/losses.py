@@ -23,15 +23,23 @@ class State:
     taken: int | None
     normaliser: float = 0.0
     value_head: float = 0.0
+    q_max: float = 0.0
+    teacher_log_sum_exp: float = 0.0
+    slow_logits: np.ndarray | None = None
+    slow_value_head: float = 0.0
 
 
 @dataclass(frozen=True)
 class Episode:
-    """States one after another; ``truncated`` episodes may end with a state in which no action was taken."""
+    """States one after another; ``truncated`` episodes may end with a state in which no action was taken.
+
+    ``from_student``: the student took the actions. ``slow_*`` are the numbers under a slow copy of the student.
+    """
 
     states: list[State]
     ends: Literal["terminal", "truncated"]
     bootstrap: bool = False
+    from_student: bool = False
 
 
 def projected(log_probs: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,3 +56,29 @@ def possible_sizes(logits: np.ndarray, p: float, max_actions: int | None, temper
     early = top_p_set(logits, p, max_actions, temperature, slack)
     late = top_p_set(logits, p, max_actions, temperature, -slack)
     return set(range(len(early.ids), len(late.ids) + 1))
+
+
+def mass_of(log_probs: Sequence[float]) -> float:
+    """Σ π over some tokens, at most 1."""
+    return min(1.0, math.fsum(math.exp(x) for x in log_probs))
+
+
+def size_at(log_probs: Sequence[float], p: float) -> int:
+    """Length of the shortest prefix whose mass reaches p, or of the whole list."""
+    return next((k for k in range(1, len(log_probs)) if mass_of(log_probs[:k]) >= p), len(log_probs))
+
+
+def losses_along(masses: Sequence[float], gamma: float) -> tuple[float, float]:
+    """Σ_{t≥0} and Σ_{t≥1} of γ^t (−log Z(s_t))."""
+    terms = [gamma**t * -math.log(mass) for t, mass in enumerate(masses)]
+    return math.fsum(terms), math.fsum(terms[1:])
+
+
+def fewest_slots(states: Sequence[Sequence[float]], budget: float, gamma: float) -> int | None:
+    """Smallest Σ k_t, k_t ≥ 1, of all combinations of prefixes whose loss is within the budget; None if none is."""
+    within = [
+        sum(sizes)
+        for sizes in itertools.product(*(range(1, len(state) + 1) for state in states))
+        if losses_along([mass_of(s[:k]) for s, k in zip(states, sizes, strict=True)], gamma)[0] <= budget
+    ]
+    return min(within, default=None)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import support
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -30,11 +31,13 @@ from transformers import TrainerCallback
 
 from tdistill.objectives import IQLearn
 from tdistill.store import Store
+from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer
 from tdistill.training.collate import STATS_FIELDS, PackedCollator
+from tdistill.training.rollouts import Rollouts, RolloutSettings
 from tdistill.training.student import add_value_head, attach_statistics
 from tdistill.training.trainer import TDistillTrainer, last_checkpoint
-from tdistill.types import ActionStats
+from tdistill.types import ActionStats, PromptTokens
 
 torch.set_num_threads(1)
 
@@ -59,12 +62,21 @@ def main(folder: Path) -> None:
     stores = {split: Store.open(folder / split) for split in ("train", "dev")}
     result = folder / "results"
 
-    def make(case: str, batches: Any = None, callbacks: Any = (), texts: Any = None, **changes: Any) -> Any:
+    def make(
+        case: str, batches: Any = None, callbacks: Any = (), texts: Any = None, rollouts: Any = None, **changes: Any
+    ) -> Any:
         cls = TDistillTrainer if batches is None else type("Trainer", (FixedBatchTrainer,), {"batches": batches})
         args = settings(folder / "out" / case, ddp_backend="gloo", **changes)
         model = load_causal_lm(folder / "start", dtype="float32")
         return cls(
-            model, args, stores["train"], stores["dev"], tokenizer, text_dataset=texts, callbacks=list(callbacks)
+            model,
+            args,
+            stores["train"],
+            stores["dev"],
+            tokenizer,
+            text_dataset=texts,
+            rollouts=rollouts,
+            callbacks=list(callbacks),
         )
 
     def write(case: str, tensors: dict[str, torch.Tensor], **facts: Any) -> None:
@@ -110,6 +122,14 @@ def main(folder: Path) -> None:
         tokens=resumed.state.num_input_tokens_seen,
         checkpoint=Path(checkpoint).name,
     )
+
+    teacher = HFTeacher.from_pretrained(str(folder / "teacher"), dtype="float32")
+    rows = [stores["train"][row] for row in range(20)]
+    prompts = [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
+    rounds = Rollouts(RolloutSettings(every=2, prompts_per_round=9), prompts, lambda: teacher, support.TINY_SAMPLING)
+    mixture = {"name": "iq_learn", "student_value_weight": 0.5}
+    trainer = make("rollouts", rollouts=rounds, objective=mixture, **{**common, "max_steps": 3})
+    write("rollouts", update(trainer), log=without_clock(trainer.state.log_history))
 
     model = load_causal_lm(folder / "start", dtype="float32")
     add_value_head(model)

@@ -44,7 +44,8 @@ NEXT, TERMINAL, TRUNCATED = int(Ends.NEXT), int(Ends.TERMINAL), int(Ends.TRUNCAT
 
 
 def as_lists(batch: dict[str, torch.Tensor]) -> dict[str, list]:
-    return {name: value.tolist() for name, value in batch.items() if name != "log_prob_teacher_M"}
+    floats = ("log_prob_teacher_M", "log_prob_taken_teacher_N", "teacher_log_sum_exp_N")
+    return {name: value.tolist() for name, value in batch.items() if name not in floats}
 
 
 def test_sets_as_stored():
@@ -60,13 +61,42 @@ def test_sets_as_stored():
         "sequence_N": [0, 0, 0, 1, 1, 1],
         "has_action_N": [True, True, True, True, True, False],
         "ends_N": [NEXT, NEXT, TERMINAL, NEXT, NEXT, TRUNCATED],
+        "from_student_N": [False] * 6,
         "dropped_N": [False] * 6,
         "added_N": [False] * 6,
         "text_index_L": [],
         "text_target_L": [],
+        "num_over_budget": 0,
     }
     wanted = [0.5, 0.3, 0.15, 0.6, 0.35, 0.97, 0.7, 0.2, 0.55, 0.35, 0.02, 0.5, 0.45]
     np.testing.assert_allclose(batch["log_prob_teacher_M"].exp(), wanted, rtol=1e-6)
+    # Of 5, 6, 2, 7 and 4; the bootstrap row takes nothing.
+    wanted = [0.5, 0.35, 0.97, 0.2, 0.02, 1.0]
+    np.testing.assert_allclose(batch["log_prob_taken_teacher_N"].exp(), wanted, rtol=1e-6)
+
+
+def test_a_budget_chooses_the_sets_of_each_trajectory():
+    # SAMPLED, one slot per state: −log(0.5 · 0.6 · 0.97) = 1.234 nats at γ = 1. A second slot is worth log(0.8/0.5) =
+    # 0.470 in the first state and log(0.95/0.6) = 0.460 in the second; the third slot of the first log(0.95/0.8) =
+    # 0.172. All of them: 0.133. So 0.8 nats need the first only, 0.4 both seconds, and 0.1 cannot be met.
+    def sizes(nats: float) -> tuple[list[int], int, list[bool]]:
+        batch = PackedCollator(pad_token_id=0, budget=(nats, 1.0))([SAMPLED])
+        return batch["offsets"].diff().tolist(), int(batch["num_over_budget"]), batch["dropped_N"].tolist()
+
+    assert sizes(1.3) == ([1, 1, 1], 0, [False, True, False])
+    assert sizes(0.8) == ([2, 1, 1], 0, [False, True, False])
+    assert sizes(0.4) == ([2, 2, 1], 0, [False, False, False])
+    assert sizes(0.1) == ([3, 2, 1], 1, [False, False, False])
+
+
+def test_answers_of_the_student_are_marked_and_keep_their_tokens():
+    # At p = 0.45 a token outside the set of a sampled answer is dropped; one of the student's own is added.
+    own = replace(GIVEN, source="student")
+    batch = PackedCollator(pad_token_id=0, p=0.45)([SAMPLED, own])
+    assert batch["from_student_N"].tolist() == [False] * 3 + [True] * 3
+    assert batch["added_N"].tolist() == [False] * 3 + [True, True, False]
+    assert batch["dropped_N"].tolist() == [False, True, False] + [False] * 3
+    np.testing.assert_allclose(batch["log_prob_taken_teacher_N"].exp(), [0.5, 1, 0.97, 0.2, 0.02, 1.0], rtol=1e-6)
 
 
 def test_smaller_p_drops_sampled_tokens_and_adds_given_ones():

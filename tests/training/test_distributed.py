@@ -27,6 +27,7 @@ from training_support import (
 )
 
 from tdistill.objectives import IQLearn
+from tdistill.store import Store
 from tdistill.teachers.loading import load_causal_lm
 from tdistill.training.collate import STATS_FIELDS, PackedCollator
 from tdistill.training.student import add_value_head, attach_statistics
@@ -39,10 +40,16 @@ Result = Callable[[str, int], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory, tiny_start_folder, tiny_stores) -> Result:
+def worker_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def result(worker_folder, tiny_start_folder, tiny_teacher_folder, tiny_stores) -> Result:
     """Tensors and facts that a rank wrote for a case."""
-    folder = tmp_path_factory.mktemp("distributed")
+    folder = worker_folder
     shutil.copytree(tiny_start_folder, folder / "start")
+    shutil.copytree(tiny_teacher_folder, folder / "teacher")
     for split in ("train", "dev"):
         shutil.copytree(tiny_stores[split].path, folder / split)
     (folder / "results").mkdir()
@@ -116,6 +123,19 @@ def test_a_resumed_run_on_two_processes_ends_like_an_uninterrupted_one(result):
         assert facts.pop("checkpoint") == "checkpoint-4"
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         assert facts == whole_facts
+
+
+def test_each_process_has_its_part_of_the_students_answers(result, worker_folder):
+    (one, _), (two, facts) = result("rollouts", 0), result("rollouts", 1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(0 < entry["student_share"] < 1 for entry in facts["log"] if "loss" in entry)
+    for number in (0, 1):
+        parts = [
+            Store.open(worker_folder / "out" / "rollouts" / "rollouts" / f"round-0000{number}" / f"rank-{rank}")
+            for rank in (0, 1)
+        ]
+        assert [len(part) for part in parts] == [5, 4]
+        assert not set(parts[0].jobs) & set(parts[1].jobs)
 
 
 def test_a_fully_sharded_student_has_the_gradients_of_a_whole_one(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdistill.errors import NoSpaceError, TDistillError
+from tdistill.errors import ConfigError, NoSpaceError, TDistillError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,7 +91,7 @@ def capture(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = F
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train every phase on finished stores; the teacher is not needed."""
+    """Train every phase on finished stores; the teacher is needed only by phases with rollouts."""
     _stage(recipe, overrides, dry_run, lambda run: run.train())
 
 
@@ -138,6 +138,28 @@ def check_store(
             "\n".join(problems) if problems else f"{path}: whole; " + ", ".join(f"{k} {v}" for k, v in facts.items())
         )
     raise typer.Exit(7 if problems else 0)
+
+
+@check.command("sparsity")
+def check_sparsity(
+    path: Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)],
+    as_json: AsJson = False,
+    gamma: Annotated[float, typer.Option(help="Discount of the loss of value.")] = 0.99,
+    plot: Annotated[Path | None, typer.Option(help="Write a figure to this SVG file.", show_default=False)] = None,
+) -> None:
+    """Show what each p, cap and budget keeps, loses and costs (docs/choosing-p.md)."""
+    from tdistill.evaluation.sparsity import sparsity_study
+    from tdistill.reports.plots import sparsity_study_chart
+    from tdistill.reports.sparsity import study_text
+    from tdistill.reports.write import write_atomically
+    from tdistill.store import Store
+
+    if plot is not None and not plot.parent.is_dir():
+        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}. Make it, or name another file.")
+    study = sparsity_study(Store.open(path), gamma)
+    if plot is not None:
+        write_atomically(plot, sparsity_study_chart(study) + "\n")
+    typer.echo(json.dumps({"path": str(path), **study}) if as_json else f"{path}\n{study_text(study)}", nl=as_json)
 
 
 @check.command("batches")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdistill.head import OutputHead
 from tdistill.kernels.candidates import pair_logits
-from tdistill.kernels.chunked import log_normaliser
+from tdistill.kernels.chunked import log_normaliser, normaliser_and_argmax
 
 Support = Literal["vocabulary", "union", "negatives"]
 
@@ -49,6 +49,7 @@ def student_statistics(
     action_ids_M: Tensor,
     taken_N: Tensor,
     support: Support | None,
+    q_max: bool = False,
     kernel: Literal["candidates", "reference"] = "candidates",
 ) -> dict[str, Tensor | None]:
     """The student's part of :class:`ActionStats`.
@@ -60,9 +61,10 @@ def student_statistics(
         action_ids_M: int64 [M] tokens of the sets.
         taken_N: int64 [N] token taken; any valid id where no action is taken.
         support: tokens of the log-normaliser, see :func:`support_tokens`; None for no normaliser.
+        q_max: whether to return the largest logit over the vocabulary.
         kernel: ``candidates`` forms only what is asked for; ``reference`` forms the dense [N, V] logits.
     Returns:
-        ``q_M`` [M], ``q_taken_N`` [N] and ``log_normaliser_N`` [N] or None; at least float32.
+        ``q_M`` [M], ``q_taken_N`` [N], ``log_normaliser_N`` [N] or None and ``q_max_N`` [N] or None; at least float32.
     """
     num_rows, num_slots = len(hidden_ND), len(action_ids_M)
     all_rows = torch.arange(num_rows, device=hidden_ND.device)
@@ -81,4 +83,7 @@ def student_statistics(
         q_M, q_taken_N = pairs[:num_slots], pairs[num_slots:]
         support_head = head if ids_U is None else head.select(ids_U)
         normaliser = None if support is None else log_normaliser(hidden_ND, support_head, log_weight_U)
-    return {"q_M": q_M, "q_taken_N": q_taken_N, "log_normaliser_N": normaliser}
+    # The largest is found without gradient, a chunk at a time, and then formed like any other pair.
+    top_N = normaliser_and_argmax(hidden_ND, head)[1] if q_max else None
+    q_max_N = None if top_N is None else pair_logits(hidden_ND, head, all_rows, top_N)
+    return {"q_M": q_M, "q_taken_N": q_taken_N, "log_normaliser_N": normaliser, "q_max_N": q_max_N}

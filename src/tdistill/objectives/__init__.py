@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 
 from tdistill.errors import ConfigError, did_you_mean
+from tdistill.objectives.base import Objective
 from tdistill.objectives.iq_learn import IQLearn
 from tdistill.objectives.off_support import OffSupport
 from tdistill.objectives.sft import SFT
-from tdistill.types import ActionStats, Ends, LossOutput
+from tdistill.types import ActionStats, Ends
 
 __all__ = ["OBJECTIVES", "SFT", "IQLearn", "Objective", "OffSupport", "check_full_support", "objective_class"]
-
-
-class Objective(Protocol):
-    """A pure function of :class:`ActionStats`.
-
-    Attributes:
-        name: its key in the table.
-        uses_sets: whether it reads the action sets (then p applies and transitions outside A_p are dropped).
-        needs_value_head: whether the student must carry a scalar value head.
-        support: tokens of the log-normaliser that it reads, or None.
-    """
-
-    name: Any
-    uses_sets: Any
-    needs_value_head: Any
-    support: Any
-
-    def __call__(self, stats: ActionStats) -> LossOutput:
-        """Return the loss of a micro-batch, a sum over transitions."""
 
 
 OBJECTIVES: dict[str, type] = {cls.name: cls for cls in (IQLearn, SFT)}

@@ -2,119 +2,137 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from tdistill import returns
 from tdistill.errors import DomainError
+from tdistill.objectives.base import (
+    Coordinates,
+    Objective,
+    check_gamma,
+    expected_log_prob,
+    masked_sum,
+    refuse_full_support,
+    soft_q,
+    student_rows,
+    teacher_rows,
+)
+from tdistill.regularisers import PhiName, Regulariser
 from tdistill.types import ActionStats, LossOutput
 
 
 @dataclass(frozen=True)
-class IQLearn:
-    """−J of Bellman Distill with the χ² regulariser, summed over teacher transitions.
+class IQLearn(Objective):
+    """−J of Bellman Distill, summed over teacher transitions.
 
-    J(Q) = Σ φ(Q(s,a) − γ V_p(s')) − (V_p(s) − γ V_p(s')),  φ(x) = x − x²/(4α),
-    which is Σ log proj_p π_Q(a|s) − r²/(4α) with r = log proj_p π_Q(a|s) + V_p(s) − γ V_p(s').
+    J(Q) = Σ φ(r) − (V_p(s) − γ V_p(s')),  r = Q(s,a) − γ V_p(s') = log proj_p π_Q(a|s) + V_p(s) − γ V_p(s'),
+    which is Σ log proj_p π_Q(a|s) − (r − φ(r)); for χ² with φ(x) = x − x²/(4α) the last term is r²/(4α).
     Source: arXiv 2505.20335, §4 (Bellman Distill); arXiv 2106.12142 (IQ-Learn).
     Differs from the source: the level of Q is a choice (``coordinates``); the first-order term can be the
-    expectation over the stored teacher probabilities (``first_order``); clipping Q is off; after truncation the
-    value is bootstrapped, or the transition loses its quadratic part only.
+    expectation over the stored teacher probabilities (``first_order``); clipping Q is off; φ has a scale and a
+    tangent (:class:`~tdistill.regularisers.Regulariser`); after truncation the value is bootstrapped, or the transition
+    loses its non-linear part only; with ``steps`` = d the argument of the non-linear part is the d-step residual.
 
     Attributes:
-        alpha: χ² weight α > 0; ``inf`` removes the temporal term (behaviour cloning on the sets). The paper: 0.1.
+        alpha: scale of φ, nats (χ²: the paper's α, 0.1 there); ``inf`` removes the temporal term (behaviour cloning
+            on the sets).
         gamma: discount γ in [0, 1]. The paper: 0.99.
         coordinates: ``raw`` (Q = logits, as printed), ``max_set`` (Q = logits − their maximum over the set),
             ``value_head`` (Q = log proj_p π_Q + v with a scalar head v on the last hidden state, so V_p = v).
         first_order: ``sampled`` (log-probability of the token taken, as printed) or ``expected``
             (Σ_a proj_p π*(a|s) log proj_p π_Q(a|s): the same expectation, lower variance).
+        phi: the regulariser; the paper: ``chi2``.
+        steps: d ≥ 1, transitions of one residual.
+        student_value_weight: weight w of the student's states in the value term, (1 − w) Σ_teacher + w Σ_student of
+            V_p(s) − γ V_p(s'); 0 is the offline form, ½ with as many rollout tokens as teacher tokens the mixture of
+            IQ-Learn's online form. Above 0 it needs rollouts.
+        max_slope: slope at which φ goes on by its tangent, or None for the φ's own.
+        tv_slope: λ of ``total_variation``.
         q_floor: Q is clipped from below at this value (the paper: −10), or None. Refused with ``value_head``.
 
     Raises:
         DomainError: a field outside its domain.
-    Reduces to: masked cross-entropy when α = inf and the first-order term is sampled, for every γ.
+    Reduces to: masked cross-entropy when φ is the identity or alpha = inf, with a sampled first-order term, for every
+        γ; ``bellman_distill_authors`` never.
     """
 
     name: ClassVar[str] = "iq_learn"
-    uses_sets: ClassVar[bool] = True
 
     alpha: float = 100.0
     gamma: float = 0.99
-    coordinates: Literal["raw", "max_set", "value_head"] = "value_head"
+    coordinates: Coordinates = "value_head"
     first_order: Literal["sampled", "expected"] = "expected"
+    phi: PhiName = "chi2"
+    steps: int = 1
+    student_value_weight: float = 0.0
+    max_slope: float | None = None
+    tv_slope: float = 0.5
     q_floor: float | None = None
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
-            raise DomainError(f"iq_learn: alpha = {self.alpha} must be positive; use .inf to remove the χ² term.")
-        if not 0 <= self.gamma <= 1:
-            raise DomainError(f"iq_learn: gamma = {self.gamma} is outside [0, 1]. The paper uses 0.99.")
+            raise DomainError(f"iq_learn: alpha = {self.alpha} must be positive; use .inf to remove the temporal term.")
+        check_gamma("iq_learn", self.gamma)
+        if self.steps < 1:
+            raise DomainError(f"iq_learn: steps = {self.steps} must be at least 1.")
+        if not 0 <= self.student_value_weight <= 1:
+            raise DomainError(f"iq_learn: student_value_weight = {self.student_value_weight} is outside [0, 1].")
         if self.q_floor is not None and self.coordinates == "value_head":
             raise DomainError("iq_learn: q_floor needs logits as Q; set coordinates to raw or max_set, or drop it.")
+        self.regulariser()
+
+    def regulariser(self) -> Regulariser:
+        """Return φ with its scale and tangent."""
+        return Regulariser(self.phi, self.alpha, self.max_slope, self.tv_slope)
 
     @property
     def needs_value_head(self) -> bool:
         """Whether the student must carry a scalar value head."""
         return self.coordinates == "value_head"
 
-    support: ClassVar[None] = None
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether it needs trajectories that the student sampled."""
+        return self.student_value_weight > 0
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: −J, the sum over rows with an action, nats; its terms as metrics."""
-        if stats.full_support:
-            self._check_full_support()
-        q_M, q_taken_N, clipped = self._soft_q(stats)
-        log_sum_N = stats.log_normaliser_N if stats.full_support else returns.soft_value(q_M, stats.offsets)
-        assert log_sum_N is not None
-        log_prob_taken_N = q_taken_N - log_sum_N
-        value_N = stats.value_N if self.needs_value_head else log_sum_N
-        assert value_N is not None
-        next_value_N, known_N = returns.next_value(value_N, stats)
-        reward_N = log_prob_taken_N + value_N - self.gamma * next_value_N
+        if self.first_order == "expected" or self.coordinates == "max_set" or self.q_floor is not None:
+            refuse_full_support(
+                stats,
+                "iq_learn",
+                "set first_order to sampled, coordinates to raw or value_head, and leave q_floor empty",
+            )
+        q = soft_q(stats, self.coordinates, self.q_floor)
+        act_N, phi = teacher_rows(stats), self.regulariser()
+        count = act_N.sum()
 
-        act_N = stats.has_action_N
-        log_likelihood = self._first_order(stats, q_M, log_sum_N, log_prob_taken_N)[act_N].sum()
-        squared_N = torch.where(act_N & known_N, reward_N, torch.zeros_like(reward_N)).square()
-        penalty = squared_N.sum() / (4 * self.alpha) if math.isfinite(self.alpha) else squared_N.sum() * 0.0
-        count, known = act_N.sum(), (act_N & known_N).sum()
+        log_prob_N = q.log_prob_taken_N if self.first_order == "sampled" else expected_log_prob(stats, q)
+        log_likelihood = masked_sum(log_prob_N, act_N)
+        residual_N, known_N = returns.consistency_residual(q.log_prob_taken_N, q.value_N, stats, self.gamma, self.steps)
+        known_N = known_N & act_N
+        residual_N = torch.where(known_N, residual_N, torch.zeros_like(residual_N))
+        phi_N, on_tangent_N = phi(residual_N)
+        penalty = (residual_N - phi_N).sum()
+        loss = penalty - log_likelihood
         metrics = {
             "first_order": (-log_likelihood.detach(), count),
-            "chi2_penalty": (penalty.detach(), count),
-            "recovered_reward": (reward_N.detach()[act_N & known_N].sum(), known),
-            "residual_squared": (squared_N.detach().sum(), known),
-            "value": (value_N.detach()[act_N].sum(), count),
+            "phi_penalty": (penalty.detach(), count),
+            "recovered_reward": (residual_N.detach().sum(), known_N.sum()),
+            "residual_squared": (residual_N.detach().square().sum(), known_N.sum()),
+            "value": (masked_sum(q.value_N.detach(), act_N), count),
+            "tangent_share": ((on_tangent_N & known_N).sum(), known_N.sum()),
         }
-        if clipped is not None:
-            metrics["clipped_share"] = clipped
-        return LossOutput(penalty - log_likelihood, metrics)
-
-    def _check_full_support(self) -> None:
-        if self.first_order == "expected" or self.coordinates == "max_set" or self.q_floor is not None:
-            raise DomainError(
-                "iq_learn at p = 1 has no listed action sets: set first_order to sampled, coordinates to raw or "
-                "value_head, and leave q_floor empty; or train at p < 1."
-            )
-
-    def _soft_q(self, stats: ActionStats) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        q_M, q_taken_N = stats.q_M, stats.q_taken_N
-        if self.coordinates == "max_set":
-            top_N = returns.max_over_sets(q_M, stats.offsets)
-            q_M, q_taken_N = q_M - top_N[returns.slot_rows(stats.offsets, len(q_M))], q_taken_N - top_N
-        if self.q_floor is None:
-            return q_M, q_taken_N, None
-        below = (q_M < self.q_floor).sum()
-        return (
-            q_M.clamp(min=self.q_floor),
-            q_taken_N.clamp(min=self.q_floor),
-            (below, torch.full_like(below, len(q_M))),
-        )
-
-    def _first_order(self, stats: ActionStats, q_M: Tensor, log_sum_N: Tensor, log_prob_taken_N: Tensor) -> Tensor:
-        if self.first_order == "sampled":
-            return log_prob_taken_N
-        probs_M, _ = returns.teacher_probs(stats)
-        return returns.sum_over_sets(probs_M * q_M, stats.offsets) - log_sum_N
+        if self.student_value_weight > 0:
+            following_N, follows_N = returns.next_value(q.value_N, stats)
+            step_N = q.value_N - self.gamma * following_N
+            visited_N = student_rows(stats) & follows_N
+            shift = masked_sum(step_N, visited_N) - masked_sum(step_N, known_N)
+            loss = loss + self.student_value_weight * shift
+            metrics["value_step_student"] = (masked_sum(step_N.detach(), visited_N), visited_N.sum())
+        if q.clipped is not None:
+            metrics["clipped_share"] = q.clipped
+        return LossOutput(loss, metrics)

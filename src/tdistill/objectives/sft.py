@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from tdistill.objectives.base import Objective
 from tdistill.types import ActionStats, LossOutput
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Objective):
     """Σ −log π_Q(a|s) = Σ log Σ_v exp Q(s,v) − Q(s,a), over all tokens v of the vocabulary.
 
     Source: maximum likelihood; on teacher answers it is sequence-level distillation (arXiv 1606.07947).
@@ -19,8 +20,7 @@ class SFT:
 
     name: ClassVar[str] = "sft"
     uses_sets: ClassVar[bool] = False
-    needs_value_head: ClassVar[bool] = False
-    support: ClassVar[str] = "vocabulary"
+    support: ClassVar[Literal["vocabulary"]] = "vocabulary"
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser over the vocabulary. Returns: the sum over rows with an action, nats."""

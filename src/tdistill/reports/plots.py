@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -11,7 +11,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tdistill.reports.load import Phase, RunArtifacts, Sparsity
+from tdistill.reports.load import Phase, RunArtifacts, SetSize, Sparsity, TopKMass
 from tdistill.reports.records import format_number
 
 _SVG = "http://www.w3.org/2000/svg"
@@ -125,26 +125,11 @@ def sparsity_chart(sparsity: Sparsity | None) -> str | None:
     masses = sorted(sparsity.top_k_mass, key=lambda entry: entry.k)
     sizes = sorted(sparsity.set_size, key=lambda entry: entry.p)
 
-    def draw_masses(axes: Axes) -> None:
-        _line(axes, 0, [entry.k for entry in masses], [entry.mean for entry in masses], None)
-        axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel="mean mass of the top k tokens")
-        axes.set_xticks([e.k for e in masses], [str(e.k) for e in masses], minor=False)
-        axes.minorticks_off()
-
-    def draw_sizes(axes: Axes) -> None:
-        for index, (field, label) in enumerate(
-            [("mean", "mean"), ("median", "median"), ("p99", "99th percentile"), ("max", "maximum")]
-        ):
-            points = [(entry.p, size) for entry in sizes if (size := getattr(entry, field)) is not None]
-            if points:
-                _line(axes, index, [p for p, _ in points], [size for _, size in points], label)
-        axes.set(yscale="log", xlabel="p", ylabel="actions in A_p")
-        # The default labels of a log axis are mathtext, which is off because phase names may hold a dollar sign.
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-
-    panels = [drawing for drawing, data in ((draw_masses, masses), (draw_sizes, sizes)) if data]
+    panels: list[Callable[[Axes], None]] = []
+    if masses:
+        panels.append(lambda axes: _top_k_mass(axes, masses))
+    if sizes:
+        panels.append(lambda axes: _set_sizes(axes, sizes))
 
     def draw(axes_list: Sequence[Axes]) -> None:
         for axes, drawing in zip(axes_list, panels, strict=True):
@@ -153,6 +138,77 @@ def sparsity_chart(sparsity: Sparsity | None) -> str | None:
     told = [f"the top {entry.k} hold {format_number(100 * entry.mean)} %" for entry in masses]
     told += [f"at p = {entry.p:g} a set has {format_number(entry.mean)} actions on average" for entry in sizes]
     return _figure("sparsity", "Sparsity of the teacher", f"On the stored states {'; '.join(told)}.", len(panels), draw)
+
+
+def sparsity_study_chart(study: Mapping[str, Any]) -> str:
+    """What a choice of p rests on: mass of the top k, sizes by p and by position, κ(p) beside the estimate.
+
+    Args:
+        study: what ``tdistill check sparsity STORE --json`` prints.
+    """
+    sparsity = Sparsity.model_validate({key: study[key] for key in ("num_states", "top_k_mass", "set_size")})
+    by_p, by_position = study["by_p"], study["by_position"]
+
+    def draw_positions(axes: Axes) -> None:
+        masses = list(dict.fromkeys(row["p"] for row in by_position))
+        # Evenly spaced in rank, the largest p first, as many as there are line styles.
+        chosen = [masses[-1 - i * len(masses) // len(_LINES)] for i in range(len(_LINES))]
+        for index, p in enumerate(dict.fromkeys(chosen)):
+            means = [row["mean"] for row in by_position if row["p"] == p]
+            _line(axes, index, range(len(means)), means, f"p = {p:g}")
+        firsts = list(dict.fromkeys(row["first"] for row in by_position))
+        axes.set_xticks(range(len(firsts)), [f"{first}" for first in firsts])
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel="position in the answer, first of its bin", ylabel="mean actions in A_p")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    def draw_loss(axes: Axes) -> None:
+        finite = [row for row in by_p if row["kappa_nats"] is not None]
+        if finite:
+            _line(axes, 0, [row["p"] for row in finite], [row["kappa_nats"] for row in finite], "bound κ(p)")
+        low, median, high = ([row["q_loss_nats"][name] for row in by_p] for name in ("q25", "median", "q75"))
+        masses = [row["p"] for row in by_p]
+        _line(axes, 1, masses, median, "estimate, median")
+        axes.fill_between(masses, low, high, color=_COLOURS[1], alpha=0.25, linewidth=0, label="estimate, quartiles")
+        axes.set(ylim=(0, None), xlabel="p", ylabel="loss of value, nats")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    def draw(panels: Sequence[Axes]) -> None:
+        _top_k_mass(panels[0], sparsity.top_k_mass)
+        _set_sizes(panels[1], sparsity.set_size)
+        draw_positions(panels[2])
+        draw_loss(panels[3])
+
+    told = "; ".join(
+        f"at p = {row['p']:g} a set has {format_number(row['size']['mean'])} actions on average and the median loss of "
+        f"value is {format_number(row['q_loss_nats']['median'])} nats"
+        + (f", bound {format_number(row['kappa_nats'])}" if row["kappa_nats"] is not None else "")
+        for row in by_p
+    )
+    return _figure("sparsity-study", "Choice of p", f"On the stored states {told}.", 4, draw)
+
+
+def _top_k_mass(axes: Axes, masses: Sequence[TopKMass]) -> None:
+    _line(axes, 0, [entry.k for entry in masses], [entry.mean for entry in masses], None)
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel="mean mass of the top k tokens")
+    axes.set_xticks([e.k for e in masses], [str(e.k) for e in masses], minor=False)
+    axes.minorticks_off()
+
+
+def _set_sizes(axes: Axes, sizes: Sequence[SetSize]) -> None:
+    for index, (field, label) in enumerate(
+        [("mean", "mean"), ("median", "median"), ("p99", "99th percentile"), ("max", "maximum")]
+    ):
+        points = [(entry.p, size) for entry in sizes if (size := getattr(entry, field)) is not None]
+        if points:
+            _line(axes, index, [p for p, _ in points], [size for _, size in points], label)
+    axes.set(yscale="log", xlabel="p", ylabel="actions in A_p")
+    # The default labels of a log axis are mathtext, which is off because phase names may hold a dollar sign.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _logged(artifacts: RunArtifacts, key: str) -> list[_Logged]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from tdistill.actions import check_p
+from tdistill.actions import check_budget, check_discount, check_p
 from tdistill.errors import ConfigError, did_you_mean
 from tdistill.objectives import Objective, OffSupport, objective_class
 
@@ -25,12 +25,16 @@ class TDistillConfig(TrainingArguments):
     Attributes:
         objective: name in the table of objectives, or a mapping with ``name`` and its hyperparameters.
         p: mass of the action sets, at most the store's p_max; None takes the store's.
+        p_budget_nats: instead of p: loss of value per trajectory, nats. Each state keeps the smallest set such that the
+            discounted sum of −log Z along the trajectory stays within it, or all that is stored.
+        p_budget_gamma: discount of that sum.
         off_support: pressure outside the sets, used by objectives on sets only: ``none``, ``union``, ``negatives`` or
             ``tail``.
         off_support_weight: factor on it.
         response_tokens_per_batch: response tokens of one micro-batch and process, on average.
         text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
+        slow_copy_rate: τ of the slow copy of the student that some objectives take their targets from.
         kernel: ``candidates``, or ``reference`` (dense, for comparison).
         metric_for_best_model: ``eval_kl_set_tail`` unless given; ``eval_nll`` takes its place where the dev store
             lists no sets.
@@ -38,11 +42,14 @@ class TDistillConfig(TrainingArguments):
 
     objective: str | dict[str, Any] = "iq_learn"
     p: float | None = None
+    p_budget_nats: float | None = None
+    p_budget_gamma: float = 0.99
     off_support: Literal["none", "union", "negatives", "tail"] = "negatives"
     off_support_weight: float = 1.0
     response_tokens_per_batch: int = 1024
     text_weight: float = 1.0
     text_sequences_per_batch: int = 2
+    slow_copy_rate: float = 0.05
     kernel: KernelName = "candidates"
     learning_rate: float = field(default=1e-4)
     max_grad_norm: float = field(default=1.0)
@@ -56,8 +63,17 @@ class TDistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.p is not None:
             check_p(self.p)
+        if self.p_budget_nats is not None:
+            check_budget(self.p_budget_nats)
+            check_discount(self.p_budget_gamma, "p_budget_gamma")
+            if self.p is not None:
+                raise ConfigError(
+                    f"p = {self.p} and p_budget_nats = {self.p_budget_nats} exclude each other; drop one."
+                )
         if self.response_tokens_per_batch < 1:
             raise ConfigError(f"response_tokens_per_batch = {self.response_tokens_per_batch} must be at least 1.")
+        if not 0 < self.slow_copy_rate <= 1:
+            raise ConfigError(f"slow_copy_rate = {self.slow_copy_rate} is outside (0, 1].")
         if self.kernel not in get_args(KernelName):
             raise ConfigError(f"kernel = '{self.kernel}' is unknown.{did_you_mean(self.kernel, get_args(KernelName))}")
         # Even batches would repeat some trajectories on some processes; the sampler already deals out full rounds.

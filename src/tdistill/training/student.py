@@ -28,7 +28,11 @@ def add_value_head(model: PreTrainedModel) -> None:
 
 
 def attach_statistics(
-    model: PreTrainedModel, *, support: Support | None, kernel: Literal["candidates", "reference"] = "candidates"
+    model: PreTrainedModel,
+    *,
+    support: Support | None,
+    q_max: bool = False,
+    kernel: Literal["candidates", "reference"] = "candidates",
 ) -> None:
     """Let this instance's forward return statistics when it is given packed positions.
 
@@ -39,6 +43,7 @@ def attach_statistics(
     Args:
         model: causal language model, not wrapped.
         support: tokens of the log-normaliser in training mode.
+        q_max: whether to return the largest logit over the vocabulary in training mode.
         kernel: see :func:`tdistill.kernels.dispatch.student_statistics`.
     Raises:
         UnsupportedModelError: the head would be computed wrongly.
@@ -51,6 +56,9 @@ def attach_statistics(
     def forward(self: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
         if "position_index_N" not in inputs:
             return original(*args, **inputs)
+        # A slow copy is asked for values only: of the sets, or at p = 1 of the whole vocabulary.
+        for_targets = inputs.get("for_targets", False)
+        wanted = support if self.training or (for_targets and not len(inputs["action_ids_M"])) else None
         hidden = self.base_model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).last_hidden_state.flatten(0, 1)
@@ -62,7 +70,8 @@ def attach_statistics(
             offsets=inputs["offsets"],
             action_ids_M=inputs["action_ids_M"],
             taken_N=inputs["taken_N"],
-            support=support if self.training else None,
+            support=wanted,
+            q_max=q_max and self.training,
             kernel=kernel,
         )
         value_head = getattr(self, VALUE_HEAD, None)
@@ -70,9 +79,9 @@ def attach_statistics(
             # In the precision of its weights: float32, unless a wrapper or the caller has changed it.
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 out["value_N"] = value_head(hidden_ND.to(next(value_head.parameters()).dtype)).squeeze(-1)
-        if not self.training:
+        if not self.training and not for_targets:
             out["log_normaliser_N"], out["top_N"] = normaliser_and_argmax(hidden_ND, head)
-        if len(inputs["text_index_L"]):
+        if len(inputs["text_index_L"]) and not for_targets:
             out["text_nll"] = _text_nll(hidden[inputs["text_index_L"]], head, inputs["text_target_L"])
         return {name: value for name, value in out.items() if value is not None}
 

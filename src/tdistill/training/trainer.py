@@ -28,6 +28,8 @@ from tdistill.training.arguments import TDistillConfig
 from tdistill.training.batches import TokenBudgetSampler
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
+from tdistill.training.rollouts import Rollouts
+from tdistill.training.slow_copy import SlowCopy
 from tdistill.training.student import VALUE_HEAD, add_value_head, attach_statistics
 from tdistill.types import ActionStats
 
@@ -66,11 +68,13 @@ class TDistillTrainer(Trainer):
         processing_class: the tokenizer; must be the store's.
         peft_config: adapter to train instead of all weights, or None.
         text_dataset: token sequences of plain text for the language-modelling term, or None.
+        rollouts: the student's own answers to mix in, or None.
         **kwargs: passed to transformers.Trainer (callbacks, optimizers, …).
     Raises:
         ProbabilityRangeError: p above the store's p_max.
         TokenizerMismatchError: tokenizer or vocabulary differ from the store's.
         UnsupportedModelError: the model's head is not a plain linear layer.
+        ConfigError: the objective needs rollouts and there are none, or a way of training that they do not work with.
     """
 
     args: TDistillConfig
@@ -87,10 +91,16 @@ class TDistillTrainer(Trainer):
         processing_class: Any = None,
         peft_config: Any = None,
         text_dataset: Sequence[np.ndarray] | None = None,
+        rollouts: Rollouts | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective, self.off_support = args.build_objective(), args.build_off_support()
-        self.store, self.meter = train_dataset, MeanMeter()
+        self.store, self.meter, self.rollouts = train_dataset, MeanMeter(), rollouts
+        if self.objective.needs_rollouts and rollouts is None:
+            raise ConfigError(
+                f"The objective '{self.objective.name}' with these settings learns from the student's own answers; "
+                "give the phase `rollouts`."
+            )
         for store in filter(None, (train_dataset, eval_dataset)):
             self._check_store(store, args, processing_class, model)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
@@ -107,24 +117,35 @@ class TDistillTrainer(Trainer):
 
         if self.objective.needs_value_head and not hasattr(model, VALUE_HEAD):
             add_value_head(model)
-        attach_statistics(model, support=self.support, kernel=args.kernel)
+        attach_statistics(model, support=self.support, q_max=self.objective.needs_q_max, kernel=args.kernel)
+        self._vocab_size = model.get_output_embeddings().weight.shape[0]
         if peft_config is not None:
             model = self._with_adapter(model, peft_config)
+        self.slow_copy = SlowCopy(model, args.slow_copy_rate) if self.objective.needs_target else None
         text = PlainText(text_dataset, args.text_sequences_per_batch) if text_dataset is not None else None
         pad = getattr(processing_class, "pad_token_id", None) or 0
         p = args.p if self.objective.uses_sets else None
         self._eval_collator = PackedCollator(pad)
+        budget = None
+        if self.objective.uses_sets and args.p_budget_nats is not None:
+            budget = (args.p_budget_nats, args.p_budget_gamma)
+        self._train_collator = PackedCollator(pad, p, budget, text, args.seed)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=PackedCollator(pad, p, text, args.seed),
+            data_collator=self._train_collator,
             **kwargs,
         )
         if self.args.n_gpu > 1:
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
+        if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError("Rollouts and slow copies need whole weights in each process; train without sharding.")
+        if self.slow_copy is not None:
+            self.slow_copy.model.to(self.args.device)
+            self.add_callback(self.slow_copy)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
         # Losses are sums divided here by the tokens of the whole step, so the Trainer must not divide again.
@@ -138,7 +159,21 @@ class TDistillTrainer(Trainer):
         """Micro-batches by response tokens; the order is a function of (seed, epoch) alone."""
         sampler = self._sampler(self.store, self.args.seed if self.args.data_seed is None else self.args.data_seed)
         self.add_callback(_EpochCallback(sampler))
-        return self._loader(self.store, sampler, self.data_collator)
+        # With rollouts, which trajectories a micro-batch holds is known only at its step.
+        return self._loader(self.store, sampler, self._train_collator if self.rollouts is None else list)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Micro-batches of one optimizer step, and their tokens."""
+        samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is None or not samples:
+            return samples, counts
+        step, rank = self.state.global_step, self.args.process_index
+        student = self.accelerator.unwrap_model(self.model)
+        self.rollouts.prepare(
+            step, student, self.processing_class, Path(str(self.args.output_dir)), rank, self.args.world_size
+        )
+        mixed = [self._train_collator(self.rollouts.mix(batch, step, at, rank)) for at, batch in enumerate(samples)]
+        return mixed, self._get_num_items_in_batch(mixed, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every trajectory once, in order of length."""
@@ -169,7 +204,7 @@ class TDistillTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Response tokens and plain-text tokens of the whole step, over accumulation and processes: float [2]."""
-        if not batch_samples:
+        if not batch_samples or isinstance(batch_samples[0], list):  # trajectories, not mixed and collated yet
             return None
         counts = torch.tensor(
             [
@@ -213,22 +248,43 @@ class TDistillTrainer(Trainer):
 
     def _statistics(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[ActionStats, dict[str, Tensor]]:
         outputs = model(**inputs)
-        return ActionStats(
+        stats = ActionStats(
             **{name: inputs[name] for name in STATS_FIELDS},
             q_M=outputs["q_M"],
             q_taken_N=outputs["q_taken_N"],
             log_normaliser_N=outputs.get("log_normaliser_N"),
             normaliser_support=self.support if model.training else "vocabulary",
             value_N=outputs.get("value_N"),
+            q_max_N=outputs.get("q_max_N"),
+            vocab_size=self._vocab_size,
             full_support=self.full_support,
-        ), outputs
+        )
+        if self.slow_copy is not None and model.training:
+            stats = replace(stats, target=self._slow_statistics(stats, inputs))
+        return stats, outputs
+
+    @torch.no_grad()
+    def _slow_statistics(self, stats: ActionStats, inputs: dict[str, Any]) -> ActionStats:
+        assert self.slow_copy is not None
+        outputs = self.slow_copy.model(**inputs, for_targets=True)
+        return replace(
+            stats,
+            q_M=outputs["q_M"],
+            q_taken_N=outputs["q_taken_N"],
+            log_normaliser_N=outputs.get("log_normaliser_N"),
+            value_N=outputs.get("value_N"),
+            q_max_N=None,
+        )
 
     def _set_metrics(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         if not self.objective.uses_sets:
             return {}
         acts = inputs["has_action_N"].sum()
         transitions = acts + inputs["dropped_N"].sum()
+        num_trajectories = inputs["sequence_N"][-1] + 1
         return {
+            "over_budget_share": (inputs["num_over_budget"], num_trajectories),
+            "student_share": ((inputs["from_student_N"] & inputs["has_action_N"]).sum(), acts),
             "set_size": (inputs["offsets"][-1], torch.tensor(len(inputs["has_action_N"]))),
             "dropped_share": (inputs["dropped_N"].sum(), transitions),
             "added_share": (inputs["added_N"].sum(), transitions),
@@ -276,13 +332,18 @@ class TDistillTrainer(Trainer):
         """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".") or True
+        if self.slow_copy is not None and resume_from_checkpoint:
+            self.slow_copy.load(Path(str(resume_from_checkpoint)))
         self._logged_at, self._tokens_since = time.perf_counter(), 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # The pickled arguments are not needed to resume, and nothing here writes pickles that it can avoid.
-        (Path(str(output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(str(output_dir or self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.slow_copy is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.slow_copy.save(folder)
 
     # ---- checks ----
 
@@ -291,6 +352,11 @@ class TDistillTrainer(Trainer):
             raise ProbabilityRangeError(
                 f"p = {args.p} is above the store's p_max = {store.p_max} ({store.path}). Train at p <= {store.p_max}, "
                 "or capture again with a larger p_max."
+            )
+        if args.p_budget_nats is not None and store.p_max == 1.0:
+            raise ProbabilityRangeError(
+                f"p_budget_nats = {args.p_budget_nats} needs action sets, which the store {store.path} does not keep "
+                "at p_max = 1. Capture with p_max below 1, or drop the budget."
             )
         if args.p is not None and args.p < 1.0 == store.p_max:
             raise ProbabilityRangeError(

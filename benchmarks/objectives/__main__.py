@@ -1,0 +1,139 @@
+"""Compare objectives on equal terms: the same starts, stores, batches and response tokens.
+
+    python benchmarks/objectives tiny        # ten seeds of every question of kind
+    python benchmarks/objectives real        # finalists and off-support controls, SmolLM2-135M to 15 of its layers
+
+Reads the data from TDISTILL_DATA, keeps what it makes in runs/objectives, and goes on from the JSON already there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import measure
+from setups import Setup, real, tiny
+from transformers import TrainerCallback, set_seed
+from variants import VARIANTS, Variant
+
+from tdistill.pipeline import environment
+from tdistill.reports.write import write_atomically
+from tdistill.teachers.loading import load_causal_lm
+from tdistill.training import Rollouts, RolloutSettings, TDistillConfig, TDistillTrainer
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, data and rollouts included."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.marks:
+            self.marks.append(time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def median_s(self) -> float:
+        """Median over the steps."""
+        return float(np.median(np.diff(self.marks)))
+
+    @property
+    def mean_s(self) -> float:
+        """Mean over the steps; rounds of rollouts are in it."""
+        return float(np.diff(self.marks).mean())
+
+
+def train(setup: Setup, model: Any, args: dict[str, Any], seed: int, with_rollouts: bool = False) -> tuple[Any, Any]:
+    """Train a model on the train split; return the trainer and the times of its steps."""
+    set_seed(seed)
+    times = _StepTimes()
+    rollouts = None
+    if with_rollouts:
+        settings = RolloutSettings(**setup.rollouts, seed=seed)
+        sampling = setup.recipe.capture.sampling()
+        rollouts = Rollouts(settings, setup.prompts("train"), lambda: setup.teacher, sampling)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = TDistillTrainer(
+            model,
+            TDistillConfig(scratch, seed=seed, **args),
+            setup.stores["train"],
+            setup.stores["dev"],
+            setup.tokenizer,
+            rollouts=rollouts,
+            callbacks=[times],
+        )
+        trainer.train()
+    return trainer, times
+
+
+def first_phase(setup: Setup, seed: int) -> Path:
+    """Folder of the SFT student of a seed."""
+    return setup.after_first_phase(seed, lambda model, args, seed: train(setup, model, args, seed)[0].model)
+
+
+def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[str, Any]:
+    """Train one variant with one seed and measure it on dev and held-out prompts."""
+    start = first_phase(setup, seed)
+    model = load_causal_lm(start, dtype="float32")
+    args = {**setup.second_phase, **variant.args}
+    trainer, times = train(setup, model, args, seed, variant.rollouts)
+    dev = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    model.eval()
+    return {
+        "variant": name,
+        "seed": seed,
+        "response_tokens": trainer.state.num_input_tokens_seen,
+        "step_s": times.median_s,
+        "step_with_rollouts_s": times.mean_s,
+        "dev": {name: value for name, value in dev.items() if name != "runtime"},
+        "held_out": measure(setup, model, seed),
+        "last_log": {k: v for k, v in logged.items() if isinstance(v, float) and k not in ("epoch", "learning_rate")},
+    }
+
+
+def main() -> None:
+    """Run what is missing, one seed of every variant before the next seed, and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scale", choices=("tiny", "real"))
+    parser.add_argument("--data", type=Path, default=os.environ.get("TDISTILL_DATA"), help="default: TDISTILL_DATA")
+    parser.add_argument("--work", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("give --data or set TDISTILL_DATA to the folder with train/, eval/ and models/")
+    setup = (tiny if options.scale == "tiny" else real)(options.data, options.work)
+    output = RESULTS / f"objectives_{setup.name}.json"
+    rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+    done = {(row["variant"], row["seed"]) for row in rows}
+    for seed in setup.seeds:
+        if ("before", seed) not in done:
+            model = load_causal_lm(first_phase(setup, seed), dtype="float32").eval()
+            rows.append({"variant": "before", "seed": seed, "held_out": measure(setup, model, seed)})
+        for name, variant in VARIANTS[setup.name].items():
+            if (name, seed) in done or seed not in setup.seeds[: variant.num_seeds] or options.only not in name:
+                continue
+            started = time.perf_counter()
+            rows.append(run_variant(setup, name, variant, seed))
+            content = {"scale": setup.name, "facts": setup.facts, "first_phase": setup.first_phase,
+                       "second_phase": setup.second_phase, "rollouts": setup.rollouts,
+                       "environment": environment(), "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
+            write_atomically(output, json.dumps(content, indent=1) + "\n")
+            kl, seconds = rows[-1]["held_out"]["kl_teacher_student"], time.perf_counter() - started
+            print(f"{name} seed {seed}: KL {kl:.4f}, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

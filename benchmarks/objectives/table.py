@@ -1,0 +1,62 @@
+"""The tables of docs/results.md, from the JSON of the comparison."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from objectives.variants import QUESTIONS
+from scipy import stats
+
+COLUMNS = {
+    "kl_teacher_student": "KL(teacher‖student)",
+    "nll": "loss on teacher answers",
+    "kl_student_teacher": "KL(student‖teacher), own answers",
+    "mass_outside_set": "mass outside A_p",
+    "rouge_l_teacher": "Rouge-L to teacher",
+    "rouge_l_reference": "Rouge-L to references",
+}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval over seeds (Student's t); NaN for one seed."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def _shown(values: np.ndarray) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def comparison_tables(content: dict[str, Any]) -> str:
+    """One table per question; differences are paired by seed against the first row of the question."""
+    rows = [row for row in content["rows"] if row["variant"] != "before"]
+    columns = [name for name in COLUMNS if name in rows[0]["held_out"]]
+    head = ["", "seeds", *(COLUMNS[name] for name in columns), "KL less the first row's", "s per step"]
+    parts = []
+    for title, names in QUESTIONS[content["scale"]].items():
+        found = {name: _by_seed(rows, name) for name in names}
+        lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        first = found[names[0]]
+        for name, mine in found.items():
+            if not mine:
+                continue
+            cells = [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
+            gaps = np.array([_kl(mine[seed]) - _kl(first[seed]) for seed in sorted(mine.keys() & first.keys())])
+            gap = "–" if name == names[0] or not len(gaps) else _shown(gaps)
+            seconds = np.median([row["step_with_rollouts_s"] for row in mine.values()])
+            lines.append("| " + " | ".join([name, str(len(mine)), *cells, gap, f"{seconds:.2f}"]) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _by_seed(rows: list[dict[str, Any]], variant: str) -> dict[int, dict[str, Any]]:
+    return {row["seed"]: row for row in rows if row["variant"] == variant}
+
+
+def _kl(row: dict[str, Any]) -> float:
+    return row["held_out"]["kl_teacher_student"]

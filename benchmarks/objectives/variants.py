@@ -1,0 +1,159 @@
+"""The variants that are compared, and the questions they answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One second phase.
+
+    Attributes:
+        args: arguments on top of the shared ones.
+        rollouts: whether the student's own answers are mixed in.
+        num_seeds: how many of the setup's seeds it is run with.
+    """
+
+    args: dict[str, Any] = field(default_factory=dict)
+    rollouts: bool = False
+    num_seeds: int = 10
+
+
+def iq(**changes: Any) -> dict[str, Any]:
+    """iq_learn spelled out, so that a change of the library's defaults does not change a row."""
+    base = {"name": "iq_learn", "alpha": 10.0, "gamma": 0.99, "coordinates": "value_head", "first_order": "expected"}
+    return {**base, "phi": "chi2", "steps": 1, "student_value_weight": 0.0, **changes}
+
+
+def consistency(**changes: Any) -> dict[str, Any]:
+    """path_consistency spelled out."""
+    base = {"name": "path_consistency", "weight": 0.05, "gamma": 0.99, "steps": 1, "first_order": "expected"}
+    return {**base, **changes}
+
+
+def on(objective: dict[str, Any], **args: Any) -> Variant:
+    """A variant with an objective."""
+    return Variant({"objective": objective, **args})
+
+
+def with_rollouts(objective: dict[str, Any], **args: Any) -> Variant:
+    """A variant with an objective on the teacher's and the student's answers."""
+    return Variant({"objective": objective, **args}, rollouts=True)
+
+
+PRINTED = iq(alpha=0.1, coordinates="raw", first_order="sampled")
+CLONING = iq(alpha=INF)
+BOTH = {"states": "both"}
+
+TINY: dict[str, Variant] = {
+    "sft continued": on({"name": "sft"}),
+    "as printed (alpha 0.1, raw, sampled, no control)": on(PRINTED, off_support="none"),
+    "as printed with control": on(PRINTED),
+    **{f"alpha {alpha:g}": on(iq(alpha=alpha)) for alpha in (INF, 100.0, 10.0, 1.0, 0.1)},
+    **{f"alpha 1, gamma {gamma:g}": on(iq(alpha=1.0, gamma=gamma)) for gamma in (0.0, 0.5, 0.9, 1.0)},
+    **{
+        f"alpha {alpha:g}, {coordinates}": on(iq(alpha=alpha, coordinates=coordinates))
+        for alpha in (1.0, 10.0)
+        for coordinates in ("raw", "max_set")
+    },
+    **{
+        f"{phi}, scale {alpha:g}": on(iq(alpha=alpha, phi=phi))
+        for alpha in (1.0, 10.0)
+        for phi in ("reverse_kl", "hellinger", "jensen_shannon", "total_variation")
+    },
+    **{f"alpha 1, {steps} steps": on(iq(alpha=1.0, steps=steps)) for steps in (2, 4, 16)},
+    "alpha 10, sampled": on(iq(first_order="sampled")),
+    "alpha inf, sampled": on(iq(alpha=INF, first_order="sampled")),
+    **{f"alpha inf, p {p:g}": on(CLONING, p=p) for p in (0.5, 0.8, 0.99)},
+    "alpha inf, no control": on(CLONING, off_support="none"),
+    "alpha inf, union": on(CLONING, off_support="union"),
+    "consistency 0.05": on(consistency()),
+    "consistency 0.05, gamma 0": on(consistency(gamma=0.0)),
+    "consistency 0.05, 4 steps": on(consistency(steps=4)),
+    "consistency 0.5": on(consistency(weight=0.5)),
+    "consistency 0.5, gamma 0": on(consistency(weight=0.5, gamma=0.0)),
+    "first-order term, half own states": with_rollouts(consistency(weight=0.0, **BOTH)),
+    "consistency 0.2, half own states": with_rollouts(consistency(weight=0.2, **BOTH)),
+    "consistency 0.2, half own states, gamma 0": with_rollouts(consistency(weight=0.2, gamma=0.0, **BOTH)),
+    "alpha 1, value term on half own states": with_rollouts(iq(alpha=1.0, student_value_weight=0.5)),
+    "sqil": with_rollouts({"name": "sqil"}),
+    "ls_iq": with_rollouts({"name": "ls_iq"}),
+    "teacher_q": on({"name": "teacher_q"}),
+    "bellman_distill_authors": on({"name": "bellman_distill_authors"}, off_support="none"),
+}
+
+# Title → rows; differences in a table are against its first row.
+TINY_QUESTIONS: dict[str, list[str]] = {
+    "α (χ², γ 0.99, value head, expected first-order term)": [
+        "alpha inf",
+        "alpha 100",
+        "alpha 10",
+        "alpha 1",
+        "alpha 0.1",
+        "sft continued",
+    ],
+    "γ at α = 1": ["alpha 1, gamma 0", "alpha 1, gamma 0.5", "alpha 1, gamma 0.9", "alpha 1", "alpha 1, gamma 1"],
+    "Coordinates": [
+        "alpha 1",
+        "alpha 1, raw",
+        "alpha 1, max_set",
+        "alpha 10",
+        "alpha 10, raw",
+        "alpha 10, max_set",
+        "as printed with control",
+        "as printed (alpha 0.1, raw, sampled, no control)",
+    ],
+    "φ": [
+        "alpha inf",
+        *(
+            f"{name}{scale}"
+            for scale in ("1", "10")
+            for name in (
+                "alpha ",
+                "reverse_kl, scale ",
+                "hellinger, scale ",
+                "jensen_shannon, scale ",
+                "total_variation, scale ",
+            )
+        ),
+    ],
+    "Steps d of one residual at α = 1": ["alpha 1", "alpha 1, 2 steps", "alpha 1, 4 steps", "alpha 1, 16 steps"],
+    "First-order term": ["alpha inf", "alpha inf, sampled", "alpha 10", "alpha 10, sampled"],
+    "p (store at p_max = 0.99; transitions outside A_p are dropped)": [
+        "alpha inf",
+        "alpha inf, p 0.5",
+        "alpha inf, p 0.8",
+        "alpha inf, p 0.99",
+    ],
+    "Off-support control": ["alpha inf", "alpha inf, union", "alpha inf, no control"],
+    "Teacher-reward path consistency": [
+        "alpha inf",
+        "consistency 0.05",
+        "consistency 0.05, gamma 0",
+        "consistency 0.05, 4 steps",
+        "consistency 0.5",
+        "consistency 0.5, gamma 0",
+        "first-order term, half own states",
+        "consistency 0.2, half own states",
+        "consistency 0.2, half own states, gamma 0",
+    ],
+    "Other members": [
+        "alpha inf",
+        "alpha 1, value term on half own states",
+        "sqil",
+        "ls_iq",
+        "teacher_q",
+        "bellman_distill_authors",
+    ],
+}
+
+REAL: dict[str, Variant] = {}
+REAL_QUESTIONS: dict[str, list[str]] = {}
+
+VARIANTS = {"tiny": TINY, "real": REAL}
+QUESTIONS = {"tiny": TINY_QUESTIONS, "real": REAL_QUESTIONS}

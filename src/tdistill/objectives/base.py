@@ -1,0 +1,143 @@
+"""What an objective is, and soft Q-values in the coordinates that objectives on sets share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tdistill import returns
+from tdistill.errors import DomainError
+from tdistill.types import ActionStats, LossOutput
+
+Coordinates = Literal["raw", "max_set", "value_head"]
+
+
+class Objective:
+    """A pure function of :class:`ActionStats`. What a class does not say has the value given here."""
+
+    name: ClassVar[str]
+    """Its key in the table."""
+
+    @property
+    def uses_sets(self) -> bool:
+        """Whether it reads the action sets; then p applies and transitions outside A_p are dropped."""
+        return True
+
+    @property
+    def needs_value_head(self) -> bool:
+        """Whether the student must carry a scalar value head."""
+        return False
+
+    @property
+    def support(self) -> Literal["vocabulary", "union", "negatives"] | None:
+        """Tokens of the log-normaliser that it reads."""
+        return None
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether it needs trajectories that the student sampled."""
+        return False
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it reads ``target``, the statistics under a slow copy of the student."""
+        return False
+
+    @property
+    def needs_q_max(self) -> bool:
+        """Whether it reads the largest logit over the vocabulary."""
+        return False
+
+    def __call__(self, stats: ActionStats) -> LossOutput:
+        """Return the loss of a micro-batch, a sum over transitions."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SoftQ:
+    """Soft Q-values of the rows in chosen coordinates.
+
+    Attributes:
+        q_M: Q on the sets, nats; before a value head is added.
+        q_taken_N: Q of the action taken, in the same level as ``q_M``.
+        log_sum_N: log-sum-exp of ``q_M`` over the set.
+        value_N: soft value V_p(s) in these coordinates.
+        clipped: slots below the floor and slots in all, or None without a floor.
+    """
+
+    q_M: Tensor
+    q_taken_N: Tensor
+    log_sum_N: Tensor
+    value_N: Tensor
+    clipped: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def log_prob_taken_N(self) -> Tensor:
+        """Log proj_p π_Q(a|s) of the action taken."""
+        return self.q_taken_N - self.log_sum_N
+
+
+def soft_q(stats: ActionStats, coordinates: Coordinates, q_floor: float | None = None) -> SoftQ:
+    """Soft Q-values in a level of choice.
+
+    ``raw``: Q = logits. ``max_set``: Q = logits − their maximum over the set. ``value_head``: Q = log proj_p π_Q + v,
+    so that V_p = v; the level of the logits drops out.  Source: method of the package; the paper uses ``raw``.
+
+    Args:
+        stats: rows; with ``value_N`` for ``value_head``.
+        coordinates: the level of Q.
+        q_floor: Q is clipped from below at this value, or None.
+    """
+    q_M, q_taken_N, clipped = stats.q_M, stats.q_taken_N, None
+    if coordinates == "max_set":
+        top_N = returns.max_over_sets(q_M, stats.offsets)
+        q_M, q_taken_N = q_M - top_N[returns.slot_rows(stats.offsets, len(q_M))], q_taken_N - top_N
+    if q_floor is not None:
+        below = (q_M < q_floor).sum()
+        clipped = (below, torch.full_like(below, len(q_M)))
+        q_M, q_taken_N = q_M.clamp(min=q_floor), q_taken_N.clamp(min=q_floor)
+    log_sum_N = stats.log_normaliser_N if stats.full_support else returns.soft_value(q_M, stats.offsets)
+    assert log_sum_N is not None
+    value_N = stats.value_N if coordinates == "value_head" else log_sum_N
+    assert value_N is not None
+    return SoftQ(q_M, q_taken_N, log_sum_N, value_N, clipped)
+
+
+def teacher_rows(stats: ActionStats) -> Tensor:
+    """Rows whose action counts and was the teacher's (or given), bool [N]."""
+    if stats.from_student_N is None:
+        return stats.has_action_N
+    return stats.has_action_N & ~stats.from_student_N
+
+
+def student_rows(stats: ActionStats) -> Tensor:
+    """Rows whose action counts and was sampled from the student, bool [N]."""
+    if stats.from_student_N is None:
+        return torch.zeros_like(stats.has_action_N)
+    return stats.has_action_N & stats.from_student_N
+
+
+def masked_sum(values_N: Tensor, mask_N: Tensor) -> Tensor:
+    """Sum of the values where the mask holds; what is elsewhere has no gradient, not even if it is not finite."""
+    return torch.where(mask_N, values_N, torch.zeros_like(values_N)).sum()
+
+
+def expected_log_prob(stats: ActionStats, q: SoftQ) -> Tensor:
+    """Σ_a proj_p π*(a|s) log proj_p π_Q(a|s), float [N], nats."""
+    probs_M, _ = returns.teacher_probs(stats)
+    return returns.sum_over_sets(probs_M * q.q_M, stats.offsets) - q.log_sum_N
+
+
+def check_gamma(who: str, gamma: float) -> None:
+    """Raise DomainError unless 0 ≤ gamma ≤ 1."""
+    if not 0 <= gamma <= 1:
+        raise DomainError(f"{who}: gamma = {gamma} is outside [0, 1]. The paper uses 0.99.")
+
+
+def refuse_full_support(stats: ActionStats, who: str, remedy: str) -> None:
+    """Raise DomainError at p = 1, where a store lists no sets."""
+    if stats.full_support:
+        raise DomainError(f"{who} at p = 1 has no listed action sets: {remedy}; or train at p < 1.")

@@ -1,0 +1,169 @@
+"""The student's own answers, scored by the teacher, mixed into training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tdistill.errors import ConfigError, StoreError
+from tdistill.prompts import tokenizer_sha256
+from tdistill.store import Store
+from tdistill.store.capture import capture
+from tdistill.teachers.base import SamplingSettings, Teacher
+from tdistill.teachers.hf import HFTeacher
+from tdistill.types import PromptTokens, Trajectory
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How often the student answers, and how many of its answers a micro-batch holds.
+
+    Attributes:
+        every: optimizer steps from one round to the next; the first is before the first step.
+        prompts_per_round: prompts answered in a round, drawn anew for each, at most all.
+        share: share of a micro-batch's trajectories that are the student's, in (0, 1], once the ramp is over.
+        ramp_steps: steps over which the share rises linearly from 0.
+        replay: share of them that is drawn from all earlier rounds; the others come from the newest round.
+        temperature: the student's logits are divided by it.
+        top_p: the student is truncated to this mass when it samples.
+        batch_size: answers generated and scored at once.
+        seed: every random number is a function of (seed, round, prompt, position) or (seed, step) alone.
+    """
+
+    every: int = 50
+    prompts_per_round: int = 64
+    share: float = 0.5
+    ramp_steps: int = 0
+    replay: float = 0.5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "prompts_per_round", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollouts.{name} = {getattr(self, name)} must be at least 1.")
+        if self.ramp_steps < 0:
+            raise ConfigError(f"rollouts.ramp_steps = {self.ramp_steps} must not be negative.")
+        for name, low_open in (("share", True), ("replay", False), ("top_p", True)):
+            value = getattr(self, name)
+            if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+                raise ConfigError(f"rollouts.{name} = {value} is outside {'(' if low_open else '['}0, 1].")
+        if not self.temperature > 0:
+            raise ConfigError(f"rollouts.temperature = {self.temperature} must be positive.")
+
+    def share_at(self, step: int) -> float:
+        """Share of the student's trajectories at an optimizer step, counted from 0."""
+        return self.share if step >= self.ramp_steps else self.share * (step + 1) / self.ramp_steps
+
+
+class Rollouts:
+    """Rounds of the student's answers, each a store of given answers under ``folder``.
+
+    A round is written before the step it belongs to and is whole or not there; training that goes on from a checkpoint
+    finds the rounds it had, and makes again the one that is due at its first step.
+
+    Args:
+        settings: see :class:`RolloutSettings`.
+        prompts: rendered prompts to draw from.
+        load_teacher: returns a teacher that can score; called once per round, so that it need not stay in memory.
+        sampling: p_max, cap and temperature of the recorded sets, and the length limit of an answer.
+        template: names the prompt template, any JSON value.
+    """
+
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        prompts: Sequence[PromptTokens],
+        load_teacher: Callable[[], Teacher],
+        sampling: SamplingSettings,
+        template: Any = None,
+    ) -> None:
+        self.settings, self.prompts, self.load_teacher = settings, prompts, load_teacher
+        self.sampling, self.template = sampling, template
+        self._stores: dict[Path, Store] = {}
+
+    def prepare(self, step: int, model: Any, tokenizer: Any, folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
+        """Make the round that is due at a step, and open those before it.
+
+        Raises:
+            StoreError: a round that an earlier process had made is gone.
+        """
+        number, since = divmod(step, self.settings.every)
+        path = self._path(folder, number, rank)
+        if since == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            # Loading a model and sampling must not move the generator that training draws from.
+            with torch.random.fork_rng():
+                self._capture(number, path, model, tokenizer, rank, num_ranks)
+        wanted = [self._path(folder, earlier, rank) for earlier in range(number + 1)]
+        for path in wanted:
+            if path not in self._stores:
+                if not path.is_dir():
+                    raise StoreError(
+                        f"Step {step} needs the student's answers in {path}, which is gone. Start again from a "
+                        f"checkpoint at a multiple of {self.settings.every} steps, or train anew."
+                    )
+                self._stores[path] = Store.open(path)
+        self._rounds = [self._stores[path] for path in wanted]
+
+    def mix(self, trajectories: Sequence[Trajectory], step: int, micro_batch: int, rank: int = 0) -> list[Trajectory]:
+        """Put answers of the student in the place of trajectories, each with the probability of the share."""
+        rng = np.random.default_rng([self.settings.seed, step, micro_batch, rank])
+        share = self.settings.share_at(step)
+        return [self._draw(rng) if rng.random() < share else trajectory for trajectory in trajectories]
+
+    def _draw(self, rng: np.random.Generator) -> Trajectory:
+        *earlier, newest = self._rounds
+        store = newest
+        if earlier and rng.random() < self.settings.replay:
+            store = earlier[int(rng.integers(len(earlier)))]
+        return replace(store[int(rng.integers(len(store)))], source="student")
+
+    def _path(self, folder: Path, number: int, rank: int) -> Path:
+        return folder / "rollouts" / f"round-{number:05d}" / f"rank-{rank}"
+
+    def _capture(self, number: int, path: Path, model: Any, tokenizer: Any, rank: int, num_ranks: int) -> None:
+        rng = np.random.default_rng([self.settings.seed, number])
+        num_prompts = min(self.settings.prompts_per_round, len(self.prompts))
+        if num_prompts < num_ranks:
+            raise ConfigError(
+                f"rollouts.prompts_per_round: {num_prompts} prompts cannot be shared out to {num_ranks} processes."
+            )
+        chosen = np.sort(rng.choice(len(self.prompts), num_prompts, replace=False))[rank::num_ranks]
+        answers = self._answers([self.prompts[i] for i in chosen], number, model, tokenizer)
+        capture(
+            self.load_teacher(),
+            answers,
+            path,
+            self.sampling,
+            mode="score",
+            batch_size=self.settings.batch_size,
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            template=self.template,
+            progress=False,
+        )
+
+    def _answers(self, prompts: Sequence[PromptTokens], number: int, model: Any, tokenizer: Any) -> list[PromptTokens]:
+        """Sample one answer per prompt from the student."""
+        settings = SamplingSettings(
+            self.settings.top_p, None, self.settings.temperature, self.sampling.max_new_tokens, self.settings.seed
+        )
+        was_training, generation = model.training, model.generation_config
+        student = HFTeacher(model, tokenizer, "the student in training")
+        answers = []
+        try:
+            for at in range(0, len(prompts), self.settings.batch_size):
+                batch = prompts[at : at + self.settings.batch_size]
+                answers += student.generate([(prompt, number) for prompt in batch], settings)
+        finally:
+            model.generation_config = generation
+            model.train(was_training)
+        return [PromptTokens(a.prompt_id, a.prompt_ids, a.response_ids, a.ends) for a in answers]

@@ -1,0 +1,208 @@
+"""The student's own answers in training: whose they are, when they are made, and that a run with them can go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import support
+import torch
+from training_support import Crash, assert_same, losses, parameters, settings, without_clock
+
+from tdistill.errors import ConfigError, RunFolderError, StoreError
+from tdistill.objectives import OBJECTIVES
+from tdistill.objectives.base import Objective, masked_sum, soft_q, teacher_rows
+from tdistill.store import Store
+from tdistill.training import Rollouts, RolloutSettings, TDistillTrainer
+from tdistill.training.trainer import last_checkpoint
+from tdistill.types import ActionStats, LossOutput
+
+MIXTURE = {"name": "iq_learn", "student_value_weight": 0.5, "alpha": 1.0}
+
+
+@dataclass(frozen=True)
+class Follow(Objective):
+    """Σ (log π_p(a|s) − the same under the slow copy)², to see the slow copy act."""
+
+    name: ClassVar[str] = "follow"
+    needs_target: ClassVar[bool] = True
+
+    def __call__(self, stats: ActionStats) -> LossOutput:
+        assert stats.target is not None
+        gap_N = soft_q(stats, "raw").log_prob_taken_N - soft_q(stats.target, "raw").log_prob_taken_N
+        likelihood = masked_sum(soft_q(stats, "raw").log_prob_taken_N, teacher_rows(stats))
+        gap = masked_sum(gap_N.square(), teacher_rows(stats))
+        return LossOutput(gap - likelihood, {"gap": (gap.detach(), teacher_rows(stats).sum())})
+
+
+@pytest.fixture
+def rollouts(tiny_teacher, tiny_prompt_files):
+    prompts = support.tiny_prompts(tiny_teacher, tiny_prompt_files["train"], support.TINY_SAMPLING)
+
+    def make(**changes: Any) -> Rollouts:
+        values = {"every": 2, "prompts_per_round": 8, "batch_size": 4, **changes}
+        return Rollouts(RolloutSettings(**values), prompts, lambda: tiny_teacher, support.TINY_SAMPLING)
+
+    return make
+
+
+@pytest.fixture
+def train(load_start, tiny_stores, tiny_tokenizer, tmp_path):
+    def start(output: str = "out", rollouts: Rollouts | None = None, callbacks: Any = None, **changes: Any):
+        return TDistillTrainer(
+            load_start(),
+            settings(tmp_path / output, **changes),
+            tiny_stores["train"],
+            None,
+            tiny_tokenizer,
+            rollouts=rollouts,
+            callbacks=callbacks,
+        )
+
+    return start
+
+
+def test_a_round_holds_answers_of_the_student_scored_by_the_teacher(train, rollouts, tiny_teacher, tiny_stores):
+    trainer = train(rollouts=rollouts(), objective=MIXTURE, max_steps=3)
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "rollouts"
+    assert sorted(path.name for path in folder.iterdir()) == ["round-00000", "round-00001"]
+    store = Store.open(folder / "round-00000" / "rank-0")
+    assert len(store) == 8
+    own = {(t.prompt_id, tuple(t.response_ids)) for t in (store[i] for i in range(len(store)))}
+    teachers = {(t.prompt_id, tuple(t.response_ids)) for t in (tiny_stores["train"][i] for i in range(60))}
+    assert len(own - teachers) >= 4, "the start answers differently"
+    for index in range(len(store)):
+        trajectory = store[index]
+        ids = torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).astype(np.int64))
+        with torch.no_grad():
+            wanted = torch.log_softmax(tiny_teacher.model(ids[None]).logits[0].double(), -1)
+        first = len(trajectory.prompt_ids) - 1
+        for step, token in enumerate(trajectory.response_ids):
+            start, stop = trajectory.sets.offsets[step : step + 2]
+            place = start + int(np.flatnonzero(trajectory.sets.ids[start:stop] == token)[0])
+            assert trajectory.sets.log_probs[place] == pytest.approx(float(wanted[first + step, token]), abs=1e-3)
+
+
+def test_the_student_is_the_one_of_the_step(train, rollouts):
+    """With a large step length the answers of a later round differ for most prompts that both rounds have."""
+    trainer = train(rollouts=rollouts(prompts_per_round=60), objective=MIXTURE, max_steps=3, learning_rate=5e-2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "rollouts"
+    first, second = (Store.open(folder / f"round-0000{k}" / "rank-0") for k in range(2))
+    answers = [{t.prompt_id: tuple(t.response_ids) for t in (s[i] for i in range(len(s)))} for s in (first, second)]
+    assert sum(answers[0][name] != answers[1][name] for name in answers[0]) > 30
+
+
+def test_the_logged_share_follows_the_ramp(train, rollouts):
+    trainer = train(rollouts=rollouts(share=1.0, ramp_steps=4, every=10), objective={"name": "iq_learn"}, max_steps=6)
+    trainer.train()
+    shares = [entry["student_share"] for entry in trainer.state.log_history if "student_share" in entry]
+    assert 0 < shares[0] < 0.6
+    assert shares[3:] == [1.0, 1.0, 1.0]
+
+
+def test_share_and_replay_choose_whose_answers_are_mixed_in(train, rollouts, tiny_stores, tiny_tokenizer, tmp_path):
+    source = rollouts(share=0.25, replay=0.25, every=1)
+    model = train(objective="sft").model
+    for step in range(3):
+        source.prepare(step, model, tiny_tokenizer, tmp_path)
+    rows = [tiny_stores["train"][i] for i in range(40)]
+    mixed = [t for micro in range(50) for t in source.mix(rows, 2, micro)]
+    own = [t for t in mixed if t.source == "student"]
+    assert len(own) / len(mixed) == pytest.approx(0.25, abs=0.03)
+    stores = [Store.open(tmp_path / "rollouts" / f"round-0000{k}" / "rank-0") for k in range(3)]
+    of_round = {(s[i].prompt_id, tuple(s[i].response_ids)): k for k, s in enumerate(stores) for i in range(len(s))}
+    rounds = Counter(of_round[t.prompt_id, tuple(t.response_ids)] for t in own)
+    assert rounds[2] / len(own) == pytest.approx(0.75, abs=0.08)
+    assert all(t is row or t.source == "student" for t, row in zip(mixed[:40], rows, strict=True))
+    again = source.mix(rows, 2, 0)
+    assert [t.response_ids.tolist() for t in again] == [t.response_ids.tolist() for t in mixed[:40]]
+
+
+@pytest.mark.parametrize("crash", [2, 3, 5])
+def test_training_with_rollouts_that_goes_on_ends_where_an_uninterrupted_one_does(train, rollouts, crash):
+    common = {"objective": MIXTURE, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    whole = train("whole", rollouts(), **common)
+    whole.train()
+    broken = train("broken", rollouts(), callbacks=[Crash(crash)], **common)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    # What a kill in the middle of a round leaves: a folder that is no whole store.
+    due = Path(broken.args.output_dir) / "rollouts" / "round-00002" / "rank-0"
+    shutil.rmtree(due, ignore_errors=True)
+    due.mkdir(parents=True)
+    (due / "shard-00000.parquet").write_bytes(b"half")
+    resumed = train("broken", rollouts(), **common)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(parameters(resumed.model), parameters(whole.model), atol=1e-7)
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_lost_round_is_named(train, rollouts):
+    common = {"objective": MIXTURE, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    broken = train("out", rollouts(), callbacks=[Crash(4)], **common)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    shutil.rmtree(Path(broken.args.output_dir) / "rollouts" / "round-00001")
+    with pytest.raises(StoreError, match=r"round-00001.*checkpoint at a multiple of 2"):
+        train("out", rollouts(), **common).train(resume_from_checkpoint=True)
+
+
+def test_an_objective_that_needs_rollouts_says_so(train):
+    with pytest.raises(ConfigError, match="`rollouts`"):
+        train(objective=MIXTURE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("every", 0), ("share", 0.0), ("share", 1.5), ("replay", -0.1), ("temperature", 0.0), ("ramp_steps", -1)],
+)
+def test_settings_out_of_range_are_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"rollouts\.{field} = {value}"):
+        RolloutSettings(**{field: value})
+
+
+def test_generation_settings_of_the_student_stay(train, rollouts):
+    trainer = train(rollouts=rollouts(), objective=MIXTURE, max_steps=1)
+    trainer.model.generation_config.repetition_penalty = 1.25
+    trainer.train()
+    assert trainer.model.generation_config.repetition_penalty == 1.25
+
+
+# ---- the slow copy ----
+
+
+def test_the_slow_copy_follows_by_its_rate(train, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "follow", Follow)
+    trainer = train(objective="follow", max_steps=1, slow_copy_rate=0.25)
+    start = parameters(trainer.model)
+    assert trainer.slow_copy.model is not trainer.model
+    trainer.train()
+    slow, fast = parameters(trainer.slow_copy.model), parameters(trainer.model)
+    assert_same(slow, {name: 0.75 * start[name] + 0.25 * fast[name] for name in start}, atol=1e-6)
+    gaps = [entry["gap"] for entry in trainer.state.log_history if "gap" in entry]
+    assert gaps == [0.0], "before the first step student and slow copy are the same"
+
+
+def test_training_with_a_slow_copy_that_goes_on_ends_where_an_uninterrupted_one_does(train, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "follow", Follow)
+    common = {"objective": "follow", "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = train("whole", **common)
+    whole.train()
+    broken = train("broken", callbacks=[Crash(5)], **common)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = train("broken", **common)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(parameters(resumed.model), parameters(whole.model), atol=1e-7)
+    assert_same(parameters(resumed.slow_copy.model), parameters(whole.slow_copy.model), atol=1e-7)
+    assert without_clock(resumed.state.log_history) == without_clock(whole.state.log_history)
+    Path(last_checkpoint(resumed.args.output_dir), "slow_copy.safetensors").unlink()
+    with pytest.raises(RunFolderError, match="slow_copy"):
+        train("broken", **common).train(resume_from_checkpoint=True)
