@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from objectives.table import comparison_section
+
 from tdistill.reports.load import read_results
 from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
@@ -49,6 +51,10 @@ def page() -> str:
             "Before any training, dev split.",
         )
     )
+    for scale in ("tiny", "real"):
+        path = RESULTS / f"objectives_{scale}.json"
+        if path.is_file():
+            parts.append(comparison_section(path))
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())

@@ -1,4 +1,4 @@
-"""Soft values, next values and projected probabilities over packed positions."""
+"""Soft values, residuals and returns over packed positions, against sums taken one transition at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import pack, random_episodes
+from builders import pack, random_episodes, random_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import losses
+from references import returns as reference
+from references.losses import Episode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdistill import returns
+from tdistill.types import ActionStats
 
 
 def test_soft_value_equals_the_entropy_form():
@@ -72,3 +76,141 @@ def test_projected_teacher_probabilities():
     wanted = np.concatenate([losses.projected(s.teacher_log_probs) for s in states])
     np.testing.assert_allclose(probs_M, wanted, rtol=1e-12)
     np.testing.assert_allclose(mass_N, [np.exp(s.teacher_log_probs).sum() for s in states], rtol=1e-12)
+
+
+# ---- several steps ----
+
+GAMMAS = [0.0, 0.7, 0.99, 1.0]
+
+
+def ragged(seed: int, copies: int = 2) -> tuple[list[Episode], ActionStats, torch.Tensor, torch.Tensor]:
+    """Episodes with every kind of end, and random rewards and values for their rows."""
+    episodes = random_episodes(seed, copies, with_student=True)
+    stats = pack(episodes)
+    rng = np.random.default_rng(seed)
+    rewards, values = (torch.tensor(rng.normal(size=len(stats.ends_N))) for _ in range(2))
+    return episodes, stats, rewards, values
+
+
+def by_episode(episodes: list[Episode], *columns: torch.Tensor):
+    at = 0
+    for episode in episodes:
+        stop = at + len(episode.states)
+        yield episode, *(column[at:stop].tolist() for column in columns)
+        at = stop
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 50, None])
+def test_n_step_returns_are_their_sums(gamma, num_steps):
+    episodes, stats, rewards, values = ragged(1)
+    found = returns.n_step_return(rewards, values, stats, gamma, num_steps)
+    checked = 0
+    for episode, r, v, own in by_episode(episodes, rewards, values, found):
+        for t in range(len(own)):
+            if reference.usable(episode, t):
+                wanted = reference.n_step_return(episode, r, v, t, gamma, num_steps)
+                assert own[t] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+                checked += 1
+            else:
+                assert own[t] == 0.0
+    assert checked > 30
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
+def test_lambda_returns_are_mixtures_of_n_step_returns(gamma, lam):
+    episodes, stats, rewards, values = ragged(2)
+    found = returns.lambda_return(rewards, values, stats, gamma, lam)
+    for episode, r, v, own in by_episode(episodes, rewards, values, found):
+        for t in range(len(own)):
+            wanted = reference.lambda_return(episode, r, v, t, gamma, lam) if reference.usable(episode, t) else 0.0
+            assert own[t] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_limits_of_lambda_and_of_the_number_of_steps(gamma):
+    _, stats, rewards, values = ragged(3)
+    following, known = returns.next_value(values, stats)
+    one_step = torch.where(known & stats.has_action_N, rewards + gamma * following, 0.0)
+    whole = returns.n_step_return(rewards, values, stats, gamma, None)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(returns.n_step_return(rewards, values, stats, gamma, 1), one_step, **close)
+    torch.testing.assert_close(returns.lambda_return(rewards, values, stats, gamma, 0.0), one_step, **close)
+    torch.testing.assert_close(returns.lambda_return(rewards, values, stats, gamma, 1.0), whole, **close)
+    torch.testing.assert_close(returns.n_step_return(rewards, values, stats, gamma, 10**6), whole, **close)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("num_steps", [1, 3, 40])
+def test_consistency_residuals_are_their_sums(gamma, num_steps):
+    episodes, stats, rewards, values = ragged(4)
+    found, known = returns.consistency_residual(rewards, values, stats, gamma, num_steps)
+    for episode, r, v, own, own_known in by_episode(episodes, rewards, values, found, known):
+        for t in range(len(own)):
+            assert own_known[t] == reference.usable(episode, t)
+            if own_known[t]:
+                wanted = reference.consistency_residual(episode, r, v, t, gamma, num_steps)
+                assert own[t] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_a_window_by_hand():
+    # One answer of three tokens that ends: rewards 1, 2, 4, values 10, 20, 30, γ = ½.
+    # Two steps from the first state: 1 + ½·2 + ¼·30 = 9.5; from the second: 2 + ½·4 = 4, for it ends there.
+    episodes = [Episode([random_state(np.random.default_rng(0), 2) for _ in range(3)], "terminal")]
+    stats = pack(episodes)
+    rewards, values = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 2, 4], [10.0, 20, 30]))
+    assert returns.n_step_return(rewards, values, stats, 0.5, 2).tolist() == [9.5, 4.0, 4.0]
+    # λ = ½: G₂ = 4; G₁ = 2 + ½(½·30 + ½·4) = 10.5; G₀ = 1 + ½(½·20 + ½·10.5) = 8.625.
+    assert returns.lambda_return(rewards, values, stats, 0.5, 0.5).tolist() == [8.625, 10.5, 4.0]
+
+
+@pytest.mark.parametrize("function", ["n_step", "lambda", "residual"])
+def test_gradients_of_multi_step_quantities(function):
+    _, stats, rewards, values = ragged(5, copies=1)
+
+    def of(r: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if function == "n_step":
+            return returns.n_step_return(r, v, stats, 0.9, 3)
+        if function == "lambda":
+            return returns.lambda_return(r, v, stats, 0.9, 0.7)
+        return returns.consistency_residual(r, v, stats, 0.9, 3)[0]
+
+    assert torch.autograd.gradcheck(of, (rewards.requires_grad_(), values.requires_grad_()))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8, 1000])
+def test_discounted_sums_of_any_length(num_rows):
+    rng = np.random.default_rng(num_rows)
+    x, factor = rng.normal(size=num_rows), rng.uniform(0, 1, num_rows) * (rng.random(num_rows) > 0.1)
+    wanted, total = np.zeros(num_rows), 0.0
+    for n in reversed(range(num_rows)):
+        total = x[n] + factor[n] * total
+        wanted[n] = total
+    found = returns.discounted_sum(torch.tensor(x), torch.tensor(factor))
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_work_grows_with_the_number_of_rows_and_no_faster():
+    """Elements written by all operations together, per row: the same for 1,000 rows and for 64,000."""
+
+    class Count(TorchDispatchMode):
+        elements = operations = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Count.elements += out.numel()
+            Count.operations += 1
+            return out
+
+    def work(num_rows: int) -> tuple[float, int]:
+        x = torch.ones(num_rows)
+        Count.elements = Count.operations = 0
+        with Count():
+            returns.discounted_sum(x, x)
+        return Count.elements / num_rows, Count.operations
+
+    (small, few), (large, many) = work(1000), work(64000)
+    assert large < 1.2 * small
+    assert many < 2 * few

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,34 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def _shown(values: np.ndarray) -> str:
     mean, half = interval(values)
     return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def comparison_section(path: Path) -> str:
+    """The section of docs/results.md about one scale."""
+    content = json.loads(path.read_text())
+    scale, facts = content["scale"], content["facts"]
+    first, second = content["first_phase"], content["second_phase"]
+    before = [row["held_out"] for row in content["rows"] if row["variant"] == "before"]
+    start = ", ".join(
+        f"{COLUMNS[name]} {_shown(np.array([row[name] for row in before]))}" for name in COLUMNS if name in before[0]
+    )
+    return "\n".join(
+        [
+            f"## Objectives compared, {scale} scale",
+            "",
+            f"From `{path}`, which `python benchmarks/objectives {scale}` makes again and goes on with. "
+            f"{'; '.join(f'{key}: {value}' for key, value in facts.items())}. Each seed has its own "
+            f"{'start and ' if scale == 'tiny' else ''}SFT phase ({first['max_steps']} steps) and order of batches; "
+            f"all of its variants go on from there for {second['max_steps']} steps of "
+            f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
+            "unless the row names another. Means over seeds with 95 % intervals of Student's t where there are several; the "
+            "differences are paired by seed. Held-out prompts; divergences and losses in nats per token.",
+            "",
+            f"Before the second phase: {start}.",
+            "",
+            comparison_tables(content),
+        ]
+    )
 
 
 def comparison_tables(content: dict[str, Any]) -> str:

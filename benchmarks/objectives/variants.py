@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 INF = math.inf
@@ -152,8 +152,51 @@ TINY_QUESTIONS: dict[str, list[str]] = {
     ],
 }
 
-REAL: dict[str, Variant] = {}
-REAL_QUESTIONS: dict[str, list[str]] = {}
+# One seed each for screening; those with three are the finalists, their twins and the controls.
+FINAL = 3
+
+
+def screened(variant: Variant, num_seeds: int = 1) -> Variant:
+    """The same variant with so many seeds."""
+    return replace(variant, num_seeds=num_seeds)
+
+
+REAL: dict[str, Variant] = {
+    "alpha inf": screened(on(CLONING), FINAL),
+    "sft continued, learning rate 3e-5": screened(on({"name": "sft"}, learning_rate=3e-5), FINAL),
+    "alpha 10": screened(on(iq()), FINAL),
+    "alpha 10, gamma 0": screened(on(iq(gamma=0.0)), FINAL),
+    "alpha inf, tail": screened(on(CLONING, off_support="tail")),
+    "alpha inf, union": screened(on(CLONING, off_support="union")),
+    "alpha inf, no control": screened(on(CLONING, off_support="none")),
+    "sft continued, learning rate 1e-4": screened(on({"name": "sft"}, learning_rate=1e-4)),
+    "sft continued, learning rate 3e-4": screened(on({"name": "sft"})),
+    "consistency 0.05": screened(on(consistency())),
+    "consistency 0.2, half own states": screened(with_rollouts(consistency(weight=0.2, **BOTH))),
+    "first-order term, half own states": screened(with_rollouts(consistency(weight=0.0, **BOTH))),
+    "consistency 0.2, half own states, gamma 0": screened(with_rollouts(consistency(weight=0.2, gamma=0.0, **BOTH))),
+    "alpha 1": screened(on(iq(alpha=1.0))),
+    "alpha 100": screened(on(iq(alpha=100.0))),
+    "as printed (alpha 0.1, raw, sampled, no control)": screened(on(PRINTED, off_support="none")),
+}
+REAL_QUESTIONS: dict[str, list[str]] = {
+    "α, and the twins of α = 10": ["alpha inf", "alpha 100", "alpha 10", "alpha 10, gamma 0", "alpha 1"],
+    "Supervised fine-tuning, continued": [
+        "alpha inf",
+        "sft continued, learning rate 3e-5",
+        "sft continued, learning rate 1e-4",
+        "sft continued, learning rate 3e-4",
+    ],
+    "Off-support control": ["alpha inf", "alpha inf, tail", "alpha inf, union", "alpha inf, no control"],
+    "As printed": ["alpha inf", "as printed (alpha 0.1, raw, sampled, no control)"],
+    "Teacher-reward path consistency": [
+        "alpha inf",
+        "consistency 0.05",
+        "first-order term, half own states",
+        "consistency 0.2, half own states",
+        "consistency 0.2, half own states, gamma 0",
+    ],
+}
 
 VARIANTS = {"tiny": TINY, "real": REAL}
 QUESTIONS = {"tiny": TINY_QUESTIONS, "real": REAL_QUESTIONS}

@@ -28,7 +28,7 @@ from pydantic import (
 from tdistill.actions import check_p
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, did_you_mean
 from tdistill.evaluation.records import EvaluationSettings
-from tdistill.objectives import OBJECTIVES, check_full_support, objective_class
+from tdistill.objectives import check_full_support, objective_class, objective_names
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.rollouts import RolloutSettings
@@ -152,7 +152,7 @@ class PhaseConfig(_Strict):
             settings = {key: setting for key, setting in objective.items() if key != "name"}
             # Without this, `objective.alpha=1` over `objective: sft` would quietly become another objective.
             if "name" not in objective:
-                raise ValueError(f"objective = {objective} has no name. Known: {', '.join(sorted(OBJECTIVES))}.")
+                raise ValueError(f"objective = {objective} has no name. Known: {', '.join(objective_names())}.")
             name = objective["name"]
             settings = _checked_fields(_objective_class(name), settings, f"setting '{{}}' of objective {name}")
             checked["objective"] = {"name": name, **settings}

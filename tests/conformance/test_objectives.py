@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdistill.objectives import OBJECTIVES, OffSupport
+from tdistill.regularisers import PhiName
 from tdistill.training.collate import PackedCollator
 from tdistill.training.student import add_value_head, attach_statistics
 from tdistill.types import ActionStats, LossOutput, Trajectory
@@ -40,7 +41,31 @@ SETTINGS: dict[str, list[dict]] = {
         {"alpha": 0.1, "coordinates": "value_head", "first_order": "sampled", "gamma": 0.9},
         {"alpha": math.inf, "coordinates": "raw", "first_order": "expected"},
         {"gamma": 0.0},
+        *({"alpha": 0.7, "phi": phi, "steps": 2} for phi in get_args(PhiName)),
+        {"alpha": 0.5, "coordinates": "raw", "first_order": "sampled", "steps": 3, "gamma": 0.9},
+        {"alpha": 0.5, "student_value_weight": 0.5},
+        {"alpha": 0.5, "student_value_weight": 0.3, "coordinates": "raw", "phi": "hellinger", "max_slope": 2.0},
     ],
+    "path_consistency": [
+        {},
+        {"states": "both", "student_weight": 0.5, "steps": 3},
+        {"weight": 0.7, "first_order": "none", "gamma": 0.0, "states": "both"},
+        {"weight": 0.7, "first_order": "sampled", "value": "none"},
+    ],
+    "sqil": [{}, {"coordinates": "raw", "target": "slow", "student_weight": 0.5}, {"coordinates": "max_set"}],
+    "ls_iq": [
+        {},
+        {"coordinates": "raw", "target": "slow", "r_max": 0.02, "gamma": 0.9},
+        {"absorbing": "zero", "student_weight": 0.5},
+        {"teacher_target": "fixed"},
+    ],
+    "teacher_q": [
+        {},
+        {"target": "residual", "coordinates": "raw", "teacher_level": "logits", "steps": 3},
+        {"lam": 0.6, "gamma": 0.9},
+        {"lam": 1.0, "target": "residual", "coordinates": "max_set"},
+    ],
+    "bellman_distill_authors": [{}, {"mask_end": False, "q_floor": -0.9137, "epsilon": 0.01}],
 }
 Loss = Callable[[ActionStats], LossOutput]
 LOSSES: dict[str, Loss] = {
@@ -209,7 +234,7 @@ def student(support: str | None) -> PreTrainedModel:
     add_value_head(model)
     model.value_head.double()
     torch.nn.init.normal_(model.value_head.weight)
-    attach_statistics(model, support=support)
+    attach_statistics(model, support=support, q_max=True)
     return model.train()
 
 

@@ -148,6 +148,23 @@ def test_check_store_where_there_is_none(tmp_path: Path, flags: tuple[str, ...])
     assert outcome.err.startswith(f"error: {tmp_path}/none: expected a store")
 
 
+def test_check_theory_finds_no_violation():
+    outcome = tdistill("check", "theory", "--json", "--processes", "6")
+    claims = strict_json(outcome.out)
+    assert outcome.code == 0
+    assert len(claims) >= 7
+    assert all({"claim", "cases", "violations", "worst_margin"} <= claim.keys() for claim in claims)
+    assert {(claim["cases"], claim["violations"]) for claim in claims} == {(6, 0)}
+    assert "0 violations" in tdistill("check", "theory", "--processes", "1").out
+
+
+def test_check_theory_fails_where_a_claim_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tdistill.tabular.claims.contraction", lambda *_: -1.0)
+    outcome = tdistill("check", "theory", "--processes", "2")
+    assert outcome.code == 1
+    assert "contraction: 2 violations in 2 cases" in outcome.out
+
+
 def test_check_sparsity_shows_what_each_p_keeps(finished: FinishedRun, tmp_path: Path):
     path, figure = finished.folder / "store" / "train", tmp_path / "sparsity.svg"
     text = tdistill("check", "sparsity", path, "--plot", figure)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import FLOAT_FIELDS, gradients, pack, with_leaves
-from references import losses
+from references import losses, td_family
 
 from tdistill.objectives import SFT, IQLearn, OffSupport
+from tdistill.objectives.path_consistency import PathConsistency
 
 GOLDEN = Path(__file__).with_name("objectives.json")
 
@@ -55,6 +56,12 @@ CASES = {
     "iq_learn max_set floor": IQLearn(alpha=0.1, coordinates="max_set", first_order="sampled", q_floor=-1.0),
     "iq_learn value_head sampled": IQLearn(alpha=0.1, gamma=1.0, first_order="sampled"),
     "iq_learn behaviour cloning": IQLearn(alpha=math.inf, first_order="sampled"),
+    "iq_learn reverse_kl": IQLearn(alpha=0.5, phi="reverse_kl"),
+    "iq_learn hellinger": IQLearn(alpha=0.5, phi="hellinger"),
+    "iq_learn jensen_shannon": IQLearn(alpha=0.5, phi="jensen_shannon"),
+    "iq_learn total_variation": IQLearn(alpha=0.5, phi="total_variation"),
+    "iq_learn three steps": IQLearn(alpha=0.5, steps=3),
+    "path_consistency two steps": PathConsistency(steps=2),
     "sft": SFT(),
     "off_support tail": OffSupport("tail"),
     "off_support union half": OffSupport("union", weight=0.5),
@@ -82,6 +89,8 @@ def test_pinned_losses_are_those_of_the_slow_reference(case):
     objective = CASES[case]
     if isinstance(objective, IQLearn):
         wanted = losses.iq_learn(batch(), **vars(objective))
+    elif isinstance(objective, PathConsistency):
+        wanted = td_family.path_consistency(batch(), **vars(objective))
     elif isinstance(objective, OffSupport):
         wanted = objective.weight * losses.off_support(batch())
     else:

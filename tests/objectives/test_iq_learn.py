@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tdistill.errors import ConfigError, DomainError
 from tdistill.head import OutputHead
 from tdistill.kernels.dispatch import student_statistics
 from tdistill.objectives import SFT, IQLearn, objective_class
+from tdistill.regularisers import PhiName
 from tdistill.types import ActionStats, Ends
 
 INF = math.inf
@@ -47,6 +49,79 @@ def test_loss_is_the_printed_objective(coordinates, first_order, alpha, gamma, q
         for episode in episodes:  # each kind alone, so that no error hides behind another
             found = float(IQLearn(**settings)(pack([episode])).loss)
             assert found == pytest.approx(losses.iq_learn([episode], **settings), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("phi", get_args(PhiName))
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(("coordinates", "first_order"), [("raw", "sampled"), ("value_head", "expected")])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_every_phi_number_of_steps_and_mixture_is_its_formula(phi, steps, coordinates, first_order, weight):
+    fields = {"alpha": 0.6, "gamma": 0.9, "coordinates": coordinates, "first_order": first_order, "phi": phi}
+    fields |= {"steps": steps, "student_value_weight": weight, "tv_slope": 0.7}
+    episodes = random_episodes(7, with_student=True)
+    for part in (episodes, *([episode] for episode in episodes)):
+        found = float(IQLearn(**fields)(pack(part)).loss)
+        assert found == pytest.approx(losses.iq_learn(part, **fields), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{"phi": "identity"}, {"alpha": INF}, {"phi": "hellinger", "alpha": INF}])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("coordinates", ["raw", "max_set", "value_head"])
+def test_without_a_non_linear_part_it_is_masked_cross_entropy_exactly(fields, gamma, steps, coordinates):
+    episodes = random_episodes(8)
+    objective = IQLearn(gamma=gamma, steps=steps, coordinates=coordinates, first_order="sampled", **fields)
+    leaves = with_leaves(pack(episodes))
+    result = objective(leaves)
+    result.loss.backward()
+    plain = with_leaves(pack(episodes))
+    act = plain.has_action_N
+    cross_entropy = (returns.soft_value(plain.q_M, plain.offsets) - plain.q_taken_N)[act].sum()
+    cross_entropy.backward()
+    assert float(result.loss.detach()) == pytest.approx(float(cross_entropy.detach()), rel=1e-15)
+    torch.testing.assert_close(leaves.q_M.grad, plain.q_M.grad, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(leaves.q_taken_N.grad, plain.q_taken_N.grad, rtol=1e-13, atol=1e-15)
+    assert leaves.value_N.grad is None or float(leaves.value_N.grad.abs().max()) == 0.0
+
+
+def test_the_tangent_share_counts_the_residuals_below_the_point():
+    # Two teacher transitions that end: r = log π_p + v = log ½ + v with v = 0 and −9. Hellinger at scale 1: x₀ = −½.
+    def one(value: float) -> losses.Episode:
+        return losses.Episode([losses.State(np.zeros(2), np.log([0.5, 0.4]), 0, value_head=value)], "terminal")
+
+    result = IQLearn(phi="hellinger", alpha=1.0)(pack([one(0.5), one(-9.0)]))
+    assert [float(x) for x in result.metrics["tangent_share"]] == [1.0, 2.0]
+
+
+def tree_gradients(first_order: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and total variance, over all trajectories of a tree, of the gradient in its logits.
+
+    A root of four actions whose children have four each; trajectories are weighted by the teacher's probabilities.
+    """
+    rng = np.random.default_rng(9)
+    teacher, logits = np.log(rng.dirichlet(np.ones(4), size=5)), rng.normal(size=(5, 4))
+    objective = IQLearn(alpha=INF, coordinates="raw", first_order=first_order)
+    rows, weights = [], []
+    for a, b in itertools.product(range(4), range(4)):
+        nodes = [0, 1 + a]
+        states = [losses.State(logits[n], teacher[n], t) for n, t in zip(nodes, (a, b), strict=True)]
+        leaves = with_leaves(pack([losses.Episode(states, "terminal")]))
+        objective(leaves).loss.backward()
+        gradient = np.zeros((5, 4))
+        for place, (node, taken) in enumerate(zip(nodes, (a, b), strict=True)):
+            gradient[node] += leaves.q_M.grad[4 * place : 4 * place + 4].numpy()
+            if leaves.q_taken_N.grad is not None:
+                gradient[node, taken] += float(leaves.q_taken_N.grad[place])
+        rows.append(gradient.ravel())
+        weights.append(math.exp(teacher[0, a] + teacher[1 + a, b]))
+    mean = np.average(rows, axis=0, weights=weights)
+    return mean, np.average(((rows - mean) ** 2).sum(1), weights=weights)
+
+
+def test_the_expected_first_order_term_has_the_same_mean_and_a_lower_variance():
+    (sampled, wide), (expected, narrow) = tree_gradients("sampled"), tree_gradients("expected")
+    np.testing.assert_allclose(expected, sampled, atol=1e-12)
+    assert narrow < 0.8 * wide
 
 
 def one_row(logits: list[float], teacher: list[float], taken: int, value: float = 0.0, ends=Ends.TERMINAL):

@@ -67,6 +67,31 @@ def soft_q(state: State, coordinates: str, q_floor: float | None) -> np.ndarray:
     return q
 
 
+def phi_value(name: str, x: float, scale: float, max_slope: float | None = None, tv_slope: float = 0.5) -> float:
+    """c φ(x/c), continued below the point of slope ``max_slope`` by its tangent there."""
+    if name == "identity" or math.isinf(scale):
+        return x
+    y = x / scale
+    if name == "chi2":
+        lowest = -math.inf if max_slope is None else 2 - 2 * max_slope
+        value, slope = (lambda z: z - z * z / 4), max_slope
+    elif name == "total_variation":
+        if y > 0.5:
+            return scale * (0.5 + (1 - tv_slope) * (y - 0.5))
+        return scale * (y if y >= -0.5 else -0.5 + (1 + tv_slope) * (y + 0.5))
+    else:
+        slope = 4.0 if max_slope is None else max_slope
+        # φ' = e^{−z}, 1/(1+z)², e^{−z}/(2 − e^{−z}), solved for z.
+        lowest, value = {
+            "reverse_kl": (-math.log(slope), lambda z: 1 - math.exp(-z)),
+            "hellinger": (1 / math.sqrt(slope) - 1, lambda z: z / (1 + z)),
+            "jensen_shannon": (math.log((1 + slope) / (2 * slope)), lambda z: math.log(2 - math.exp(-z))),
+        }[name]
+    if y >= lowest:
+        return scale * value(y)
+    return scale * (value(lowest) + slope * (y - lowest))
+
+
 def iq_learn(
     episodes: list[Episode],
     alpha: float,
@@ -74,30 +99,52 @@ def iq_learn(
     coordinates: str = "raw",
     first_order: str = "sampled",
     q_floor: float | None = None,
+    phi: str = "chi2",
+    steps: int = 1,
+    student_value_weight: float = 0.0,
+    max_slope: float | None = None,
+    tv_slope: float = 0.5,
 ) -> float:
-    """−J = −Σ φ(Q(s,a) − γV(s')) + V(s) − γV(s'), φ(x) = x − x²/(4α), as printed and not telescoped.
+    """−J = −Σ φ(Q(s,a) − γV(s')) + V(s) − γV(s') as printed and not telescoped, with what the package adds to it.
 
-    ``expected`` puts the expectation under proj_p π* on φ's linear part. Where the next value is unknown, φ loses its
-    quadratic part; the linear part does not depend on that value.
+    ``expected`` puts the expectation under proj_p π* on φ's linear part. Where the next value is unknown, φ is its
+    linear part, which does not depend on that value. With d > 1 steps the non-linear part x − φ(x) is that of the
+    d-step residual. ``student_value_weight`` w: the value term is (1 − w) of the teacher's states and w of the student's.
     """
+
+    def shape(x: float) -> float:
+        return phi_value(phi, x, alpha, max_slope, tv_slope)
+
     objective = 0.0
     for episode in episodes:
+        qs = [soft_q(state, coordinates, q_floor) for state in episode.states]
+        values = [soft_value(q) for q in qs]
         for t, state in enumerate(episode.states):
             if state.taken is None:
                 continue
-            q = soft_q(state, coordinates, q_floor)
-            value = soft_value(q)
-            known = True
-            if t + 1 < len(episode.states):
-                following = soft_value(soft_q(episode.states[t + 1], coordinates, q_floor))
-            else:
-                following, known = 0.0, episode.ends == "terminal"
-            reward = q[state.taken] - gamma * following
+            known = t + 1 < len(qs) or episode.ends == "terminal"
+            following = values[t + 1] if t + 1 < len(qs) else 0.0
+            if episode.from_student:
+                objective -= student_value_weight * (values[t] - gamma * following) if known else 0.0
+                continue
+            reward = qs[t][state.taken] - gamma * following
             linear = reward
             if first_order == "expected":
-                linear = float(projected(state.teacher_log_probs) @ (q - gamma * following))
-            quadratic = reward**2 / (4 * alpha) if known and math.isfinite(alpha) else 0.0
-            objective += (linear - quadratic) - (value - gamma * following)
+                linear = float(projected(state.teacher_log_probs) @ (qs[t] - gamma * following))
+            if not known:
+                objective += linear - (values[t] - gamma * following)
+                continue
+            residual = reward
+            if steps > 1:
+                residual, u = values[t], t
+                while u < t + steps and u < len(qs) and episode.states[u].taken is not None:
+                    if u + 1 == len(qs) and episode.ends != "terminal":
+                        break
+                    residual += gamma ** (u - t) * (qs[u][episode.states[u].taken] - values[u])
+                    u += 1
+                residual -= gamma ** (u - t) * values[u] if u < len(qs) else 0.0
+            objective += linear - (residual - shape(residual))
+            objective -= (1 - student_value_weight) * (values[t] - gamma * following)
     return -objective
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from tdistill.errors import ConfigError, did_you_mean
-from tdistill.objectives import OBJECTIVES
+from tdistill.objectives import objective_class, objective_names
 
 
 def listing(what: str, folder: Path | None = None) -> list[dict[str, str]]:
@@ -26,8 +26,13 @@ def listing(what: str, folder: Path | None = None) -> list[dict[str, str]]:
 
 def _objectives(folder: Path | None) -> list[dict[str, str]]:
     rows = []
-    for name, cls in sorted(OBJECTIVES.items()):
-        settings = [f"{f.name}={f.default}" for f in fields(cls) if f.default is not MISSING]
+    for name in objective_names():
+        try:
+            cls = objective_class(name)
+        except ConfigError as error:  # another package's; the others are still worth a look
+            rows.append({"name": name, "minimises": str(error), "settings": ""})
+            continue
+        settings = [f"{f.name}={f.default}" for f in fields(cls) if f.default is not MISSING]  # type: ignore[arg-type]
         rows.append({"name": name, "minimises": (cls.__doc__ or "").splitlines()[0], "settings": " ".join(settings)})
     return rows
 

@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Distil a language model into a smaller one by temporal-difference imitation learning on the teacher's "
     "reduced action space.",
 )
-check = typer.Typer(no_args_is_help=True, help="Check stores and captures.")
+check = typer.Typer(no_args_is_help=True, help="Check stores, captures and the theory.")
 app.add_typer(check, name="check")
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has complete ones.", show_default=False)]
@@ -160,6 +160,35 @@ def check_sparsity(
     if plot is not None:
         write_atomically(plot, sparsity_study_chart(study) + "\n")
     typer.echo(json.dumps({"path": str(path), **study}) if as_json else f"{path}\n{study_text(study)}", nl=as_json)
+
+
+@check.command("theory")
+def check_theory(
+    as_json: AsJson = False,
+    processes: Annotated[int, typer.Option(help="Decision processes, and trees, that are solved.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the processes.")] = 0,
+) -> None:
+    """Check the claims of docs/theory.md on exact random processes; exit code 1 if one is violated."""
+    from tqdm import tqdm
+
+    from tdistill import tabular
+
+    with tqdm(desc="processes", file=sys.stderr, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        claims = tabular.check_theory(processes, seed, show)
+    if as_json:
+        typer.echo(json.dumps(claims))
+    else:
+        for claim in claims:
+            typer.echo(
+                f"{claim['claim']}: {claim['violations']} violations in {claim['cases']} cases, worst margin "
+                f"{claim['worst_margin']:.2e} (tolerance {claim['tolerance']:.1e})\n    {claim['statement']}"
+            )
+    raise typer.Exit(1 if any(claim["violations"] for claim in claims) else 0)
 
 
 @check.command("batches")

@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+from importlib.metadata import EntryPoint, entry_points
+
 import torch
 
 from tdistill.errors import ConfigError, did_you_mean
 from tdistill.objectives.base import Objective
+from tdistill.objectives.bellman_distill_authors import BellmanDistillAuthors
 from tdistill.objectives.iq_learn import IQLearn
+from tdistill.objectives.ls_iq import LSIQ
 from tdistill.objectives.off_support import OffSupport
+from tdistill.objectives.path_consistency import PathConsistency
 from tdistill.objectives.sft import SFT
+from tdistill.objectives.sqil import SQIL
+from tdistill.objectives.teacher_q import TeacherQ
 from tdistill.types import ActionStats, Ends
 
-__all__ = ["OBJECTIVES", "SFT", "IQLearn", "Objective", "OffSupport", "check_full_support", "objective_class"]
+__all__ = [
+    "OBJECTIVES",
+    "SFT",
+    "IQLearn",
+    "Objective",
+    "OffSupport",
+    "check_full_support",
+    "objective_class",
+    "objective_names",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls for cls in (IQLearn, SFT, PathConsistency, SQIL, LSIQ, TeacherQ, BellmanDistillAuthors)
+}
+# Other packages add theirs under this group: name = "module:Class".
+ENTRY_POINT_GROUP = "tdistill.objectives"
 
 
-OBJECTIVES: dict[str, type] = {cls.name: cls for cls in (IQLearn, SFT)}
+def objective_names() -> list[str]:
+    """Names of the table, and of the entry points of installed packages."""
+    return sorted({*OBJECTIVES, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def objective_class(name: str) -> type:
-    """Look an objective up by name.
+def objective_class(name: str) -> type[Objective]:
+    """Look an objective up by name, in the table and among entry points.
 
     Raises:
-        ConfigError: no such objective; suggests the closest name.
+        ConfigError: no such objective (suggests the closest name), two of that name, or one that cannot be loaded.
     """
-    if name not in OBJECTIVES:
-        raise ConfigError(f"Unknown objective '{name}'.{did_you_mean(name, OBJECTIVES)}")
-    return OBJECTIVES[name]
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
+    if found and (name in OBJECTIVES or len(found) > 1):
+        rivals = [entry.value for entry in found] + ([OBJECTIVES[name].__module__] if name in OBJECTIVES else [])
+        raise ConfigError(f"Two objectives are called '{name}': {' and '.join(rivals)}. Rename one, or uninstall it.")
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if not found:
+        raise ConfigError(f"Unknown objective '{name}'.{did_you_mean(name, objective_names())}")
+    return _load(found[0])
+
+
+def _load(entry: EntryPoint) -> type[Objective]:
+    where = f"The objective '{entry.name}' ({entry.value}, from an installed package)"
+    try:
+        cls = entry.load()
+    except Exception as error:  # whatever another package's import may raise
+        raise ConfigError(f"{where} cannot be loaded: {error!r}. Repair that package, or uninstall it.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Objective) and is_dataclass(cls)):
+        raise ConfigError(f"{where} is no dataclass derived from tdistill.objectives.Objective; see its documentation.")
+    if getattr(cls, "name", None) != entry.name:
+        raise ConfigError(f"{where} calls itself '{getattr(cls, 'name', None)}'. Give both the same name.")
+    return cls
 
 
 def check_full_support(objective: Objective) -> None:

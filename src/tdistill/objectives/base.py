@@ -79,6 +79,11 @@ class SoftQ:
         """Log proj_p π_Q(a|s) of the action taken."""
         return self.q_taken_N - self.log_sum_N
 
+    @property
+    def action_value_N(self) -> Tensor:
+        """Q(s,a) of the action taken, in the coordinates asked for."""
+        return self.log_prob_taken_N + self.value_N
+
 
 def soft_q(stats: ActionStats, coordinates: Coordinates, q_floor: float | None = None) -> SoftQ:
     """Soft Q-values in a level of choice.
@@ -129,6 +134,22 @@ def expected_log_prob(stats: ActionStats, q: SoftQ) -> Tensor:
     """Σ_a proj_p π*(a|s) log proj_p π_Q(a|s), float [N], nats."""
     probs_M, _ = returns.teacher_probs(stats)
     return returns.sum_over_sets(probs_M * q.q_M, stats.offsets) - q.log_sum_N
+
+
+def teacher_log_prob_taken(stats: ActionStats) -> Tensor:
+    """Log proj_p π*(a|s) of the action taken, float [N], nats."""
+    assert stats.log_prob_taken_teacher_N is not None
+    _, mass_N = returns.teacher_probs(stats)
+    return stats.log_prob_taken_teacher_N - torch.log(torch.where(mass_N > 0, mass_N, torch.ones_like(mass_N)))
+
+
+def bootstrap_statistics(who: str, stats: ActionStats, target: Literal["residual", "slow"]) -> ActionStats:
+    """Return the statistics that bootstrapped values come from: the student's own, or those of its slow copy."""
+    if target == "residual":
+        return stats
+    if stats.target is None:
+        raise DomainError(f"{who}: target = slow needs the statistics of a slow copy; the trainer provides them.")
+    return stats.target
 
 
 def check_gamma(who: str, gamma: float) -> None:

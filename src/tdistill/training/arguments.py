@@ -95,8 +95,8 @@ class TDistillConfig(TrainingArguments):
         known = cls.__dataclass_fields__  # type: ignore[attr-defined]
         for key in spec:
             if key not in known:
-                raise ConfigError(f"Objective '{cls.name}' has no '{key}'.{did_you_mean(key, known)}")  # type: ignore[attr-defined]
-        return _validated(cls, spec, f"Objective '{cls.name}'")  # type: ignore[attr-defined]
+                raise ConfigError(f"Objective '{cls.name}' has no '{key}'.{did_you_mean(key, known)}")
+        return _validated(cls, spec, f"Objective '{cls.name}'")
 
     def build_off_support(self) -> OffSupport:
         """Return the off-support term.
