@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
-
-from objectives.table import comparison_section
 
 from tdistill.reports.load import read_results
 from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
+
+sys.path.insert(0, str(Path(__file__).parent / "objectives"))
+from table import comparison_section
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = {

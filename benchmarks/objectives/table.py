@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from objectives.variants import QUESTIONS
 from scipy import stats
+from variants import QUESTIONS
 
 COLUMNS = {
     "kl_teacher_student": "KL(teacher‖student)",
@@ -52,8 +52,8 @@ def comparison_section(path: Path) -> str:
             f"{'start and ' if scale == 'tiny' else ''}SFT phase ({first['max_steps']} steps) and order of batches; "
             f"all of its variants go on from there for {second['max_steps']} steps of "
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
-            "unless the row names another. Means over seeds with 95 % intervals of Student's t where there are several; the "
-            "differences are paired by seed. Held-out prompts; divergences and losses in nats per token.",
+            "unless the row names another. Means over seeds with 95 % intervals (Student's t) where there are several; "
+            "the differences are paired by seed. Held-out prompts; divergences and losses in nats per token.",
             "",
             f"Before the second phase: {start}.",
             "",

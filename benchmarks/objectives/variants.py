@@ -55,6 +55,7 @@ TINY: dict[str, Variant] = {
     "as printed (alpha 0.1, raw, sampled, no control)": on(PRINTED, off_support="none"),
     "as printed with control": on(PRINTED),
     **{f"alpha {alpha:g}": on(iq(alpha=alpha)) for alpha in (INF, 100.0, 10.0, 1.0, 0.1)},
+    "alpha 100, gamma 0": on(iq(alpha=100.0, gamma=0.0)),
     **{f"alpha 1, gamma {gamma:g}": on(iq(alpha=1.0, gamma=gamma)) for gamma in (0.0, 0.5, 0.9, 1.0)},
     **{
         f"alpha {alpha:g}, {coordinates}": on(iq(alpha=alpha, coordinates=coordinates))
@@ -83,7 +84,11 @@ TINY: dict[str, Variant] = {
     "alpha 1, value term on half own states": with_rollouts(iq(alpha=1.0, student_value_weight=0.5)),
     "sqil": with_rollouts({"name": "sqil"}),
     "ls_iq": with_rollouts({"name": "ls_iq"}),
+    "ls_iq, absorbing value 0": with_rollouts({"name": "ls_iq", "absorbing": "zero"}),
     "teacher_q": on({"name": "teacher_q"}),
+    "teacher_q, lambda 0.8": on({"name": "teacher_q", "lam": 0.8}),
+    "teacher_q, residual": on({"name": "teacher_q", "target": "residual"}),
+    "teacher_q, residual, gamma 0": on({"name": "teacher_q", "target": "residual", "gamma": 0.0}),
     "bellman_distill_authors": on({"name": "bellman_distill_authors"}, off_support="none"),
 }
 
@@ -96,6 +101,11 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "alpha 1",
         "alpha 0.1",
         "sft continued",
+    ],
+    "The member with the best active temporal part and its twins (φ the identity; γ = 0)": [
+        "alpha inf",
+        "alpha 100",
+        "alpha 100, gamma 0",
     ],
     "γ at α = 1": ["alpha 1, gamma 0", "alpha 1, gamma 0.5", "alpha 1, gamma 0.9", "alpha 1", "alpha 1, gamma 1"],
     "Coordinates": [
@@ -147,7 +157,11 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "alpha 1, value term on half own states",
         "sqil",
         "ls_iq",
+        "ls_iq, absorbing value 0",
         "teacher_q",
+        "teacher_q, lambda 0.8",
+        "teacher_q, residual",
+        "teacher_q, residual, gamma 0",
         "bellman_distill_authors",
     ],
 }
@@ -164,23 +178,22 @@ def screened(variant: Variant, num_seeds: int = 1) -> Variant:
 REAL: dict[str, Variant] = {
     "alpha inf": screened(on(CLONING), FINAL),
     "sft continued, learning rate 3e-5": screened(on({"name": "sft"}, learning_rate=3e-5), FINAL),
-    "alpha 10": screened(on(iq()), FINAL),
-    "alpha 10, gamma 0": screened(on(iq(gamma=0.0)), FINAL),
+    "alpha 10": screened(on(iq())),
+    "alpha 100": screened(on(iq(alpha=100.0)), FINAL),
     "alpha inf, tail": screened(on(CLONING, off_support="tail")),
-    "alpha inf, union": screened(on(CLONING, off_support="union")),
+    "alpha 100, gamma 0": screened(on(iq(alpha=100.0, gamma=0.0)), FINAL),
     "alpha inf, no control": screened(on(CLONING, off_support="none")),
-    "sft continued, learning rate 1e-4": screened(on({"name": "sft"}, learning_rate=1e-4)),
-    "sft continued, learning rate 3e-4": screened(on({"name": "sft"})),
-    "consistency 0.05": screened(on(consistency())),
+    "alpha inf, union": screened(on(CLONING, off_support="union")),
     "consistency 0.2, half own states": screened(with_rollouts(consistency(weight=0.2, **BOTH))),
     "first-order term, half own states": screened(with_rollouts(consistency(weight=0.0, **BOTH))),
-    "consistency 0.2, half own states, gamma 0": screened(with_rollouts(consistency(weight=0.2, gamma=0.0, **BOTH))),
-    "alpha 1": screened(on(iq(alpha=1.0))),
-    "alpha 100": screened(on(iq(alpha=100.0))),
     "as printed (alpha 0.1, raw, sampled, no control)": screened(on(PRINTED, off_support="none")),
+    "consistency 0.05": screened(on(consistency())),
+    "consistency 0.2, half own states, gamma 0": screened(with_rollouts(consistency(weight=0.2, gamma=0.0, **BOTH))),
+    "sft continued, learning rate 1e-4": screened(on({"name": "sft"}, learning_rate=1e-4)),
+    "sft continued, learning rate 3e-4": screened(on({"name": "sft"})),
 }
 REAL_QUESTIONS: dict[str, list[str]] = {
-    "α, and the twins of α = 10": ["alpha inf", "alpha 100", "alpha 10", "alpha 10, gamma 0", "alpha 1"],
+    "α, and the twins of α = 100": ["alpha inf", "alpha 100", "alpha 100, gamma 0", "alpha 10"],
     "Supervised fine-tuning, continued": [
         "alpha inf",
         "sft continued, learning rate 3e-5",

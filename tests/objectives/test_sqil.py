@@ -124,3 +124,7 @@ def test_what_it_asks_for():
 def test_fields_outside_their_domain_are_refused(fields, part):
     with pytest.raises(DomainError, match=part):
         SQIL(**fields)
+
+
+def test_a_slow_copy_works_without_listed_sets():
+    check_full_support(SQIL(coordinates="raw", target="slow"))

@@ -109,7 +109,7 @@ def iq_learn(
 
     ``expected`` puts the expectation under proj_p π* on φ's linear part. Where the next value is unknown, φ is its
     linear part, which does not depend on that value. With d > 1 steps the non-linear part x − φ(x) is that of the
-    d-step residual. ``student_value_weight`` w: the value term is (1 − w) of the teacher's states and w of the student's.
+    d-step residual. ``student_value_weight`` w: the value term is (1 − w) of the teacher's states, w of the student's.
     """
 
     def shape(x: float) -> float:

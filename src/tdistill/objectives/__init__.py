@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 
 import torch
@@ -79,18 +79,17 @@ def check_full_support(objective: Objective) -> None:
         DomainError: the objective needs listed sets; says what to set.
     """
     one_N, first_N = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    objective(
-        ActionStats(
-            offsets=torch.zeros(2, dtype=torch.int64),
-            q_M=torch.zeros(0),
-            log_prob_teacher_M=torch.zeros(0),
-            q_taken_N=one_N,
-            sequence_N=first_N,
-            has_action_N=torch.ones(1, dtype=torch.bool),
-            ends_N=first_N + Ends.TERMINAL,
-            log_normaliser_N=one_N,
-            normaliser_support="vocabulary",
-            value_N=one_N,
-            full_support=True,
-        )
+    one = ActionStats(
+        offsets=torch.zeros(2, dtype=torch.int64),
+        q_M=torch.zeros(0),
+        log_prob_teacher_M=torch.zeros(0),
+        q_taken_N=one_N,
+        sequence_N=first_N,
+        has_action_N=torch.ones(1, dtype=torch.bool),
+        ends_N=first_N + Ends.TERMINAL,
+        log_normaliser_N=one_N,
+        normaliser_support="vocabulary",
+        value_N=one_N,
+        full_support=True,
     )
+    objective(replace(one, target=one))
