@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench format results clean
+.PHONY: demo test test-slow lint bench bench-objectives format results clean
 
 demo: .venv/.demo
 	$(BIN)/tdistill demo
@@ -29,10 +29,17 @@ format: .venv/.dev
 bench: .venv/.demo
 	$(BIN)/python benchmarks/start.py runs/demo benchmarks/results/start.json
 	$(BIN)/python benchmarks/defaults.py runs/demo benchmarks/results/defaults.json
+	$(BIN)/python benchmarks/theory.py
+
+# Hours, most of them for the real scale; needs TDISTILL_DATA, and goes on from the JSON already there.
+bench-objectives: .venv/.demo
+	$(BIN)/python benchmarks/objectives tiny
+	$(BIN)/python benchmarks/objectives real
 
 # docs/results.md and the table of README.md are made from the committed JSON alone.
 results: .venv/.dev
 	$(BIN)/python benchmarks/make_results.py
+	$(BIN)/python benchmarks/theory.py --docs
 
 clean:
 	rm -rf .venv runs

@@ -1,6 +1,6 @@
 """Check the theory, measure how tight it is, run the horizon experiment, and write the tables of docs/theory.md.
 
-python benchmarks/theory.py            about five minutes on one core; writes benchmarks/results/theory.json
+python benchmarks/theory.py            some two minutes on one core; writes benchmarks/results/theory.json
 python benchmarks/theory.py --docs     docs/theory.md from the committed JSON alone
 """
 
@@ -36,6 +36,7 @@ SHOWN = [
     "bd alpha=0.1 gamma=0 per_step",
 ]
 SHOWN_HORIZONS = (8, 64, 512)
+EPISODES_AT = 64
 
 
 def measure() -> dict[str, Any]:
@@ -59,6 +60,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """JSON with one line per row of a list."""
+    parts = []
+    for key, value in content.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in value] if isinstance(value, list) else []
+        parts.append(f" {json.dumps(key)}: " + ("[\n  " + ",\n  ".join(lines) + "\n ]" if lines else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -110,25 +120,62 @@ def policy_error_table(content: dict[str, Any]) -> str:
     return table(["α", "largest total variation of a state", "KL per episode (nats)"], rows)
 
 
+def shown_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the experiment, the shown methods in the order of ``SHOWN`` within each setting."""
+    rows = [row for row in content["horizon"] if row["method"] in SHOWN]
+    settings = list(dict.fromkeys((row["process"], row["student"]) for row in rows))
+    return sorted(rows, key=lambda row: (settings.index((row["process"], row["student"])), SHOWN.index(row["method"])))
+
+
+def method_name(row: dict[str, Any]) -> str:
+    """Name of a method in the tables."""
+    if row["alpha"] is None:
+        return "BC"
+    name = f"BD, α {row['alpha']:g}, γ {row['gamma']:g}"
+    return f"{name}, one v for all steps" if row["head"] == "stationary" else name
+
+
+def episodes_table(content: dict[str, Any]) -> str:
+    """What the student's own episodes are like where there is a track to leave."""
+    rows = []
+    for row in shown_rows(content):
+        if row["process"] == "unforgiving":
+            at = row["horizons"].index(EPISODES_AT)
+            means = row["means"]
+            rows.append(
+                [
+                    f"{row['student'].replace('_', ' ')}: {method_name(row)}",
+                    f"{means['off_track'][at]:.2f}",
+                    f"{means['entropy'][at]:.2f}",
+                    f"{means['student_teacher'][at]:.1f}",
+                    f"{means['teacher_student'][at]:.1f}",
+                ]
+            )
+    header = [
+        f"student: method, H {EPISODES_AT}",
+        "steps off the track",
+        "entropy per step (nats)",
+        "KL(student ‖ teacher)",
+        "KL(teacher ‖ student)",
+    ]
+    return table(header, rows)
+
+
 def horizon_table(content: dict[str, Any]) -> str:
     """One row per setting and shown method."""
     ranges = [f"{low}–{high}" for low, high in GROWTH_RANGES]
 
     def with_interval(value: list[float]) -> str:
-        return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+        mean, low, high = (round(number, 2) + 0.0 for number in value)  # no −0.00
+        return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
     rows = []
-    for row in content["horizon"]:
-        if row["method"] not in SHOWN:
-            continue
+    for row in shown_rows(content):
         found, cloning = row["student_teacher"], row["alpha"] is None
         ratios = dict(zip(row["horizons"], found["log_ratio_to_cloning"], strict=True))
-        method = "BC" if cloning else f"BD, α {row['alpha']:g}, γ {row['gamma']:g}"
-        if row["head"] == "stationary":
-            method += ", one v for all steps"
         rows.append(
             [
-                f"{row['process']}, {row['student'].replace('_', ' ')}: {method}",
+                f"{row['process']}, {row['student'].replace('_', ' ')}: {method_name(row)}",
                 *map(with_interval, found["exponents"]),
                 *("" if cloning else with_interval(value) for value in found["exponents_cloning_minus_this"]),
                 " / ".join("1" if cloning else f"{math.exp(ratios[horizon][0]):.2f}" for horizon in SHOWN_HORIZONS),
@@ -147,8 +194,8 @@ def control_table(content: dict[str, Any]) -> str:
     """Errors of the student that can represent the teacher."""
     rows = [
         [
-            "BC" if row["alpha"] is None else f"BD, α {row['alpha']:g}, γ {row['gamma']:g}",
-            *(f"{row['gaps']['student_teacher'][row['horizons'].index(horizon)]:.2g}" for horizon in SHOWN_HORIZONS),
+            method_name(row),
+            *(f"{row['means']['student_teacher'][row['horizons'].index(horizon)]:.2g}" for horizon in SHOWN_HORIZONS),
         ]
         for row in content["horizon_control"]
     ]
@@ -160,6 +207,7 @@ TABLES = {
     "tightness": tightness_table,
     "policy error": policy_error_table,
     "horizon": horizon_table,
+    "episodes": episodes_table,
     "control": control_table,
 }
 
@@ -181,5 +229,5 @@ if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--docs"]):
         raise SystemExit(__doc__)
     if not sys.argv[1:]:
-        write_atomically(RESULTS, json.dumps(rounded(measure()), indent=1, ensure_ascii=False) + "\n")
+        write_atomically(RESULTS, as_json(rounded(measure())))
     write_atomically(PAGE, page(PAGE.read_text(encoding="utf-8")))

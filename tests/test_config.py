@@ -289,7 +289,7 @@ def test_an_objective_that_needs_rollouts_without_them_is_refused(plain: Path):
         load_recipe(plain, [mixture])
     recipe = load_recipe(plain, [mixture, "phases.bd.rollouts={every: 3}"])
     assert (recipe.phases["bd"].rollouts.every, recipe.phases["bd"].rollouts.share) == (3, 0.5)
-    assert "phases.bd.rollouts" in refusal(plain, "phases.bd.rollouts={evry: 3}")
+    assert "phases.bd.rollouts" in refusal(plain, "phases.bd.rollouts={shares: 1}")
     assert "rollouts.share = 2" in refusal(plain, "phases.bd.rollouts={share: 2}")
 
 

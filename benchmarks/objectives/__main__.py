@@ -90,7 +90,6 @@ def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[st
     args = {**setup.second_phase, **variant.args}
     trainer, times = train(setup, model, args, seed, variant.rollouts)
     dev = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     model.eval()
     return {
         "variant": name,
@@ -100,8 +99,13 @@ def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[st
         "step_with_rollouts_s": times.mean_s,
         "dev": {name: value for name, value in dev.items() if name != "runtime"},
         "held_out": measure(setup, model, seed),
-        "last_log": {k: v for k, v in logged.items() if isinstance(v, float) and k not in ("epoch", "learning_rate")},
     }
+
+
+def as_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """JSON with one line per row."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]}\n"
 
 
 def main() -> None:
@@ -127,10 +131,10 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             rows.append(run_variant(setup, name, variant, seed))
-            content = {"scale": setup.name, "facts": setup.facts, "first_phase": setup.first_phase,
+            head = {"scale": setup.name, "facts": setup.facts, "first_phase": setup.first_phase,
                        "second_phase": setup.second_phase, "rollouts": setup.rollouts,
-                       "environment": environment(), "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
-            write_atomically(output, json.dumps(content, indent=1) + "\n")
+                       "environment": environment(), "threads": torch.get_num_threads()}  # fmt: skip
+            write_atomically(output, as_text(head, rows))
             kl, seconds = rows[-1]["held_out"]["kl_teacher_student"], time.perf_counter() - started
             print(f"{name} seed {seed}: KL {kl:.4f}, {seconds:.0f} s", flush=True)
 

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from tdistill.errors import (
     DataFileError,
     EmptyPromptSetError,
     ModelNotFoundError,
-    NoSpaceError,
     ProbabilityRangeError,
-    PromptTooLongError,
     RunFolderError,
     StoreIdentityError,
-    TeacherLogitsError,
     UnsupportedModelError,
 )
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.sparsity import sparsity
 from tdistill.head import check_head
+from tdistill.preflight import check_adapter, check_context, check_finite, check_room
 from tdistill.prompts import (
     Record,
     Template,
@@ -44,7 +42,7 @@ from tdistill.prompts import (
     check_vocabulary,
     choose_template,
     read_records,
-    resolve_package_path,
+    read_texts,
     tokenize_prompts,
     tokenizer_sha256,
 )
@@ -291,7 +289,7 @@ class Run:
         recipe = self.recipe
         check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
         config = teacher.model.config
-        _check_context(config, f"the teacher {recipe.teacher.model}", prompts, recipe.capture.max_new_tokens)
+        check_context(config, f"the teacher {recipe.teacher.model}", prompts, recipe.capture.max_new_tokens)
         if recipe.student.layers is not None:
             num_layers = config.get_text_config().num_hidden_layers
             choose_layers(num_layers, recipe.student.layers, "even")
@@ -300,12 +298,12 @@ class Run:
                 prune_layers(teacher.model, choose_layers(num_layers, min(num_layers, 2), "even"))
                 check_head(teacher.model)
             except UnsupportedModelError:
-                _check_finite(teacher, prompts[0])
+                check_finite(teacher, prompts[0])
                 raise
         else:
             self._make_start(teacher)
             config = AutoConfig.from_pretrained(self.folder / "start")
-            _check_context(config, f"the student {recipe.student.model}", prompts, recipe.capture.max_new_tokens)
+            check_context(config, f"the student {recipe.student.model}", prompts, recipe.capture.max_new_tokens)
         attention = recipe.student.attn_implementation
         try:
             with torch.device("meta"):
@@ -313,7 +311,7 @@ class Run:
         except (ValueError, ImportError) as error:
             raise ConfigError(f"student.attn_implementation = {attention}: {error}") from error
         if recipe.peft is not None:
-            _with_adapter(student, recipe.peft)
+            check_adapter(student, recipe.peft)
 
     def _check_teacher(self, teacher: HFTeacher, store: Store) -> None:
         found, stored = teacher.identity["weights_sha256"], store.identity["teacher"]["weights_sha256"]
@@ -370,7 +368,7 @@ class Run:
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init), load_tokenizer(init)
-        _check_room(self.folder, model, 0 if args.save_strategy == "no" else args.save_total_limit or 3)
+        check_room(self.folder, model, 0 if args.save_strategy == "no" else args.save_total_limit or 3)
         adapter = None
         if self.recipe.peft is not None:
             from peft import LoraConfig
@@ -622,55 +620,6 @@ def _publish_copy(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _check_room(folder: Path, model: PreTrainedModel, num_checkpoints: int) -> None:
-    """Weights with two optimizer moments per checkpoint, one being written, and the finished weights.
-
-    Raises:
-        NoSpaceError: less room than that; names both figures.
-    """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed, free = weights * (3 * (num_checkpoints + 1) + 1), shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoSpaceError(
-            f"Training needs up to {needed / 1e9:.1f} GB in {folder} for checkpoints; {free / 1e9:.1f} GB are free. "
-            "Make room, choose another output folder, or lower save_total_limit."
-        )
-
-
-def _check_context(config: Any, who: str, prompts: Iterable[PromptTokens], max_new_tokens: int) -> None:
-    """Raise PromptTooLongError if a prompt and its answer may be longer than what a model was made for."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
-    length = len(longest.prompt_ids)
-    if limit is not None and length + max_new_tokens > limit:
-        raise PromptTooLongError(
-            f"Prompt '{longest.prompt_id}' has {length} tokens and its answer up to {max_new_tokens}; {who} was made "
-            f"for {limit} in all. Lower capture.max_new_tokens, or lower data.max_prompt_tokens with data.too_long: "
-            "skip."
-        )
-
-
-@torch.inference_mode()
-def _check_finite(teacher: HFTeacher, prompt: PromptTokens) -> None:
-    """Raise TeacherLogitsError if the teacher has no numbers for a prompt, or for the tokens it is pruned with."""
-    for who, ids in ((f"prompt '{prompt.prompt_id}'", prompt.prompt_ids), ("tokens 1 to 16", np.arange(1, 17))):
-        input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(teacher.model.device)
-        if not torch.isfinite(teacher.model(input_ids=input_ids, use_cache=False).logits).all():
-            raise TeacherLogitsError(
-                f"The teacher gave NaN or infinite logits for {who}. Load it in float32 or bfloat16 (teacher.dtype), "
-                "or repair its weights."
-            )
-
-
-def _with_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        get_peft_model(model, LoraConfig(**settings))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"peft = {dict(settings)} does not fit the student: {error}") from error
-
-
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -678,34 +627,6 @@ def _not_finite(value: Any) -> bool:
 def _json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Infinity as text: JSON has no such number."""
     return {key: str(value) if _not_finite(value) else value for key, value in values.items()}
-
-
-def read_texts(source: str) -> list[str]:
-    """Plain texts of a ``.jsonl`` file of objects with ``text``; ``package:NAME/FILE`` names one in a package.
-
-    Raises:
-        DataFileError: missing or malformed; names the line.
-        EmptyPromptSetError: no text in it.
-    """
-    path = resolve_package_path(source) if source.startswith("package:") else Path(source)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"{path} (data.text) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            raise DataFileError(f'{path} (data.text), line {number}: expected an object such as {{"text": "Hello."}}.')
-        texts.append(text)
-    if not texts:
-        raise EmptyPromptSetError(f'{path} (data.text) is empty. Add lines such as {{"text": "Hello."}}.')
-    return texts
 
 
 def batch_size_effect(

@@ -1,7 +1,7 @@
 """Prompt sets: read them, render them with a template, and turn them into token ids."""
 
 from tdistill.prompts.identity import check_same_tokenizer, check_vocabulary, end_token_ids, tokenizer_sha256
-from tdistill.prompts.read import Record, read_records, resolve_package_path
+from tdistill.prompts.read import Record, read_records, read_texts, resolve_package_path
 from tdistill.prompts.templates import Template, TemplateKind, choose_template
 from tdistill.prompts.tokenise import tokenize_prompts
 
@@ -14,6 +14,7 @@ __all__ = [
     "choose_template",
     "end_token_ids",
     "read_records",
+    "read_texts",
     "resolve_package_path",
     "tokenize_prompts",
     "tokenizer_sha256",

@@ -304,3 +304,31 @@ def _kind(value: Any) -> str:
     }
     text = repr(value)
     return f"{names.get(type(value), type(value).__name__)} ({text if len(text) <= 40 else text[:37] + '...'})"
+
+
+def read_texts(source: str) -> list[str]:
+    """Plain texts of a ``.jsonl`` file of objects with ``text``; ``package:NAME/FILE`` names one in a package.
+
+    Raises:
+        DataFileError: missing or malformed; names the line.
+        EmptyPromptSetError: no text in it.
+    """
+    path = resolve_package_path(source) if source.startswith("package:") else Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(f"{path} (data.text) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise DataFileError(f'{path} (data.text), line {number}: expected an object such as {{"text": "Hello."}}.')
+        texts.append(text)
+    if not texts:
+        raise EmptyPromptSetError(f'{path} (data.text) is empty. Add lines such as {{"text": "Hello."}}.')
+    return texts
