@@ -56,7 +56,7 @@ class IQLearn(Objective):
     Raises:
         DomainError: a field outside its domain.
     Reduces to: masked cross-entropy when φ is the identity or alpha = inf, with a sampled first-order term, for every
-        γ; ``bellman_distill_authors`` never.
+        γ and every number of steps.
     """
 
     name: ClassVar[str] = "iq_learn"
