@@ -65,6 +65,7 @@ def random_episodes(seed: int, copies: int = 1, with_student: bool = False) -> l
             episodes += [
                 Episode(states(2, 5, 1, 3), "terminal", from_student=True),
                 Episode(states(3, 2, 4, idle=(2,)), "truncated", bootstrap=True, from_student=True),
+                Episode(states(2, 4), "truncated", from_student=True),
             ]
     return episodes
 

@@ -38,7 +38,7 @@ def test_value_0_and_slope_1_at_0(name, scale):
 
 
 @every_phi
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     low=st.floats(-60, 60),
     width=st.floats(1e-3, 40),
@@ -105,6 +105,15 @@ def test_finite_for_any_reward(name, dtype):
     out.sum().backward()
     assert torch.isfinite(out).all()
     assert torch.isfinite(x.grad).all()
+
+
+@every_phi
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_the_non_linear_part_survives_in_float32(name, scale):
+    """c φ(x/c) is x less a small part where c is large; x − φ is what the loss adds to the log-likelihood."""
+    x = torch.linspace(-9, -0.5, 18, dtype=torch.float64)
+    exact, found = (float((v - Regulariser(name, scale)(v)[0]).sum()) for v in (x, x.float()))
+    assert found == pytest.approx(exact, rel=1e-4, abs=1e-12)
 
 
 @every_phi

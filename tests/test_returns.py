@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,89 @@ def test_consistency_residuals_are_their_sums(gamma, num_steps):
                 assert own[t] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
+@st.composite
+def any_episodes(draw) -> list[Episode]:
+    """Up to four episodes of up to seven states, any way of ending, transitions dropped at any place."""
+    episodes = []
+    for _ in range(draw(st.integers(1, 4))):
+        acts = draw(st.lists(st.booleans(), min_size=1, max_size=7))
+        ends = draw(st.sampled_from(["terminal", "truncated"]))
+        bootstrap = ends == "truncated" and draw(st.booleans())
+        rng = np.random.default_rng(len(acts))
+        # A bootstrap state has no action; an episode that terminates or is cut has one unless it was dropped.
+        states = [random_state(rng, 2, act and not (bootstrap and t + 1 == len(acts))) for t, act in enumerate(acts)]
+        episodes.append(Episode(states, ends, bootstrap))
+    return episodes
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    episodes=any_episodes(),
+    gamma=st.sampled_from(GAMMAS),
+    lam=st.floats(0, 1),
+    num_steps=st.sampled_from([1, 2, 3, 6, 20, None]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_episodes_give_their_sums(episodes, gamma, lam, num_steps, seed):
+    """Rewards that must not be read are not numbers."""
+    stats = pack(episodes)
+    usable = [reference.usable(e, t) for e in episodes for t in range(len(e.states))]
+    rng = np.random.default_rng(seed)
+    values = torch.tensor(rng.normal(size=len(usable)))
+    rewards = torch.tensor(np.where(usable, rng.normal(size=len(usable)), np.nan))
+    n_step = returns.n_step_return(rewards, values, stats, gamma, num_steps)
+    mixed = returns.lambda_return(rewards, values, stats, gamma, lam)
+    residual, known = returns.consistency_residual(rewards, values, stats, gamma, num_steps or 20)
+    assert known.tolist() == usable
+    for episode, r, v, *found in by_episode(episodes, rewards, values, n_step, mixed, residual):
+        for t, row in enumerate(zip(*found, strict=True)):
+            wanted = (0.0, 0.0, 0.0)
+            if reference.usable(episode, t):
+                wanted = (
+                    reference.n_step_return(episode, r, v, t, gamma, num_steps),
+                    reference.lambda_return(episode, r, v, t, gamma, lam),
+                    reference.consistency_residual(episode, r, v, t, gamma, num_steps or 20),
+                )
+            assert row == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_one_step_reads_no_later_reward():
+    """A later reward of any size leaves the one-step return of earlier rows as it is, to the last bit."""
+    episodes = [Episode([random_state(np.random.default_rng(0), 2) for _ in range(4)], "terminal")]
+    stats = pack(episodes)
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    for later in (-1e30, -math.inf):
+        rewards = torch.tensor([0.5, 0.25, 0.125, later], dtype=torch.float64)
+        found = returns.n_step_return(rewards, values, stats, 0.5, 1).tolist()
+        assert found == [0.5 + 0.5 * 0.2, 0.25 + 0.5 * 0.3, 0.125 + 0.5 * 0.4, later]
+
+
+def test_no_rows_give_no_returns():
+    stats = pack(random_episodes(0)[:1])
+    stats = replace(stats, has_action_N=stats.has_action_N[:0], ends_N=stats.ends_N[:0])
+    none = torch.zeros(0, dtype=torch.float64)
+    assert len(returns.n_step_return(none, none, stats, 0.9, 3)) == 0
+    assert len(returns.lambda_return(none, none, stats, 0.9, 0.5)) == 0
+    assert len(returns.consistency_residual(none, none, stats, 0.9)[0]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("num_steps", [1, 8, None])
+def test_a_long_episode_keeps_its_precision(num_steps, dtype, tolerance):
+    """One answer of 10,000 tokens at γ = 1: the sum over a window is not lost in the sum over the rest."""
+    num_rows, rng = 10_000, np.random.default_rng(6)
+    state = random_state(rng, 1)
+    stats = pack([Episode([state] * num_rows, "terminal")])
+    rewards, values = rng.normal(size=(2, num_rows)) - 1.0
+    found = returns.n_step_return(
+        torch.tensor(rewards, dtype=dtype), torch.tensor(values, dtype=dtype), stats, 1.0, num_steps
+    )
+    for t in (0, 1, 4321, num_rows - 8, num_rows - 7, num_rows - 1):
+        stop = num_rows if num_steps is None else min(t + num_steps, num_rows)
+        wanted = math.fsum(rewards[t:stop]) + (values[stop] if stop < num_rows else 0.0)
+        assert float(found[t]) == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+
+
 def test_a_window_by_hand():
     # One answer of three tokens that ends: rewards 1, 2, 4, values 10, 20, 30, γ = ½.
     # Two steps from the first state: 1 + ½·2 + ¼·30 = 9.5; from the second: 2 + ½·4 = 4, for it ends there.
@@ -191,8 +275,22 @@ def test_discounted_sums_of_any_length(num_rows):
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_the_work_grows_with_the_number_of_rows_and_no_faster():
-    """Elements written by all operations together, per row: the same for 1,000 rows and for 64,000."""
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, _: returns.discounted_sum(x, x),
+        lambda x, stats: returns.n_step_return(x, x, stats, 0.9, 1),
+        lambda x, stats: returns.n_step_return(x, x, stats, 0.9, 500),
+        lambda x, stats: returns.lambda_return(x, x, stats, 0.9, 0.5),
+        lambda x, stats: returns.consistency_residual(x, x, stats, 0.9, 500),
+    ],
+    ids=["discounted_sum", "one_step", "n_step", "lambda", "residual"],
+)
+def test_the_work_grows_with_the_number_of_rows_and_no_faster(function):
+    """Elements written by all operations together, per row: the same for 1,000 rows and for 64,000.
+
+    The number of operations grows with the logarithm, so there is no loop over rows either.
+    """
 
     class Count(TorchDispatchMode):
         elements = operations = 0
@@ -206,10 +304,13 @@ def test_the_work_grows_with_the_number_of_rows_and_no_faster():
 
     def work(num_rows: int) -> tuple[float, int]:
         x = torch.ones(num_rows)
+        stats = pack([Episode([state] * num_rows, "terminal")])
         Count.elements = Count.operations = 0
         with Count():
-            returns.discounted_sum(x, x)
+            function(x, stats)
         return Count.elements / num_rows, Count.operations
+
+    state = random_state(np.random.default_rng(0), 1)
 
     (small, few), (large, many) = work(1000), work(64000)
     assert large < 1.2 * small

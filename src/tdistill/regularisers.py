@@ -34,7 +34,7 @@ _PHIS: dict[str, _Phi] = {
     "reverse_kl": _Phi(lambda x: -torch.expm1(-x), lambda slope: -math.log(slope), _MAX_SLOPE),
     "hellinger": _Phi(lambda x: x / (1 + x), lambda slope: slope**-0.5 - 1, _MAX_SLOPE),
     "jensen_shannon": _Phi(
-        lambda x: torch.log(2 - torch.exp(-x)), lambda slope: -math.log(2 * slope / (1 + slope)), _MAX_SLOPE
+        lambda x: torch.log1p(-torch.expm1(-x)), lambda slope: -math.log(2 * slope / (1 + slope)), _MAX_SLOPE
     ),
     "identity": _Phi(lambda x: x, None, None),
 }
@@ -105,10 +105,10 @@ class Regulariser:
         """Return φ_c(x), float [N], and where the tangent is in use, bool [N]."""
         if self.is_identity:
             return x_N, torch.zeros_like(x_N, dtype=torch.bool)
-        scaled_N = x_N / self.scale
         if self.name == "total_variation":
-            bent_N = (scaled_N.abs() - _TV_HALF_WIDTH).clamp(min=0)
-            return self.scale * (scaled_N - self.tv_slope * bent_N), torch.zeros_like(x_N, dtype=torch.bool)
+            bent_N = (x_N.abs() - self.scale * _TV_HALF_WIDTH).clamp(min=0)
+            return x_N - self.tv_slope * bent_N, torch.zeros_like(x_N, dtype=torch.bool)
+        scaled_N = x_N / self.scale
         phi, lowest = _PHIS[self.name], self.tangent_point
         if lowest == -math.inf:
             return self.scale * phi.value(scaled_N), torch.zeros_like(x_N, dtype=torch.bool)

@@ -139,6 +139,10 @@ def n_step_return(reward_N: Tensor, value_N: Tensor, stats: ActionStats, gamma: 
     Reduces to: r + γV(s') when n = 1.
     """
     run = windows(stats, num_steps)
+    if num_steps == 1:
+        # No sums over the rest of the episode: nothing later can round this away, and no float64 is needed.
+        following_N, _ = next_value(value_N, stats)
+        return torch.where(run.uses_N, reward_N + gamma * following_N, torch.zeros_like(value_N))
     # In float64: a window is the difference of two sums over the rest of the episode.
     reward_N, values_N = torch.where(run.uses_N, reward_N, torch.zeros_like(reward_N)).double(), value_N.double()
     goes_on_N = run.uses_N & (stats.ends_N == Ends.NEXT)

@@ -49,6 +49,15 @@ def batch() -> list[losses.Episode]:
     ]
 
 
+def mixed_batch() -> list[losses.Episode]:
+    """The same, and an answer of the student that ends."""
+    states = [
+        losses.State(np.array([0.25, -1.5]), np.log([0.75, 0.1875]), 1, 1.25, 0.625),
+        losses.State(np.array([1.0, 0.5, -0.25]), np.log([0.5, 0.375, 0.0625]), 0, 1.875, -0.375),
+    ]
+    return [*batch(), losses.Episode(states, "terminal", from_student=True)]
+
+
 CASES = {
     "iq_learn default": IQLearn(),
     "iq_learn paper": IQLearn(alpha=0.1, coordinates="raw", first_order="sampled", q_floor=-10.0),
@@ -60,17 +69,25 @@ CASES = {
     "iq_learn hellinger": IQLearn(alpha=0.5, phi="hellinger"),
     "iq_learn jensen_shannon": IQLearn(alpha=0.5, phi="jensen_shannon"),
     "iq_learn total_variation": IQLearn(alpha=0.5, phi="total_variation"),
+    "iq_learn identity": IQLearn(phi="identity", coordinates="raw"),
+    "iq_learn mixture": IQLearn(alpha=0.5, student_value_weight=0.5),
     "iq_learn three steps": IQLearn(alpha=0.5, steps=3),
     "path_consistency two steps": PathConsistency(steps=2),
+    "path_consistency both": PathConsistency(states="both", student_weight=0.5),
     "sft": SFT(),
     "off_support tail": OffSupport("tail"),
     "off_support union half": OffSupport("union", weight=0.5),
 }
 
 
+def batch_of(case: str) -> list[losses.Episode]:
+    """The batch that a case is measured on."""
+    return mixed_batch() if getattr(CASES[case], "needs_rollouts", False) else batch()
+
+
 def measure(case: str) -> dict[str, float]:
     """Loss, and the Euclidean norm of the gradient in each field."""
-    stats = with_leaves(pack(batch()))
+    stats = with_leaves(pack(batch_of(case)))
     loss = CASES[case](stats).loss
     loss.backward()
     return {"loss": loss.item(), **{f"grad_{name}": g.norm().item() for name, g in gradients(stats).items()}}
@@ -88,9 +105,9 @@ def test_losses_and_gradients_are_as_pinned(case):
 def test_pinned_losses_are_those_of_the_slow_reference(case):
     objective = CASES[case]
     if isinstance(objective, IQLearn):
-        wanted = losses.iq_learn(batch(), **vars(objective))
+        wanted = losses.iq_learn(batch_of(case), **vars(objective))
     elif isinstance(objective, PathConsistency):
-        wanted = td_family.path_consistency(batch(), **vars(objective))
+        wanted = td_family.path_consistency(batch_of(case), **vars(objective))
     elif isinstance(objective, OffSupport):
         wanted = objective.weight * losses.off_support(batch())
     else:

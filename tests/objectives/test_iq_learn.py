@@ -255,15 +255,17 @@ def test_p_1_equals_the_list_of_all_tokens(coordinates, alpha):
         assert [float(x) for x in without.metrics[name]] == pytest.approx([float(total), float(count)], rel=1e-9)
 
 
-def test_p_1_is_iq_learn_on_the_whole_vocabulary():
+@pytest.mark.parametrize("phi", get_args(PhiName))
+@pytest.mark.parametrize("alpha", [0.1, 20.0])
+def test_p_1_is_iq_learn_on_the_whole_vocabulary(phi, alpha):
     """J(Q) = E[φ(Q(s,a) − γV(s'))] − E[V(s) − γV(s')], V = log Σ_a exp Q, all tokens (arXiv 2106.12142)."""
     stats, logits, taken = dense_problem(True)
-    alpha, gamma = 0.1, 0.9
+    gamma = 0.9
     value = np.log(np.exp(logits).sum(1))
     following = np.array([value[1], value[2], 0.0, value[4], value[5], value[6]])
     reward = logits[np.arange(6), taken[:6]] - gamma * following
-    wanted = (reward - reward**2 / (4 * alpha)).sum() - (value[:6] - gamma * following).sum()
-    loss = IQLearn(alpha=alpha, gamma=gamma, coordinates="raw", first_order="sampled")(stats).loss
+    wanted = sum(losses.phi_value(phi, x, alpha) for x in reward) - (value[:6] - gamma * following).sum()
+    loss = IQLearn(alpha=alpha, gamma=gamma, coordinates="raw", first_order="sampled", phi=phi)(stats).loss
     assert float(loss) == pytest.approx(-wanted, rel=1e-9)
 
 
@@ -401,6 +403,11 @@ def test_floor_stops_the_gradient_and_counts_what_it_clips():
         ({"gamma": 1.01}, r"gamma = 1.01 is outside \[0, 1\]"),
         ({"gamma": -0.1}, r"gamma = -0.1 is outside \[0, 1\]"),
         ({"q_floor": -10.0}, "q_floor needs logits as Q"),
+        ({"steps": 0}, "steps = 0 must be at least 1"),
+        ({"student_value_weight": 1.1}, r"student_value_weight = 1.1 is outside \[0, 1\]"),
+        ({"phi": "chi3"}, "phi = 'chi3' is unknown"),
+        ({"max_slope": 0.5}, "max_slope = 0.5 must be above 1"),
+        ({"tv_slope": -0.1}, r"tv_slope = -0.1 is outside \[0, 1\]"),
     ],
 )
 def test_fields_outside_their_domain_are_refused(field, match):

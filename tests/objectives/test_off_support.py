@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from builders import gradients, pack, random_episodes, random_state, with_leaves
 from references import losses
 
 from tdistill.errors import DomainError
+from tdistill.head import OutputHead
+from tdistill.kernels.dispatch import student_statistics
 from tdistill.objectives import IQLearn, OffSupport
 from tdistill.training.metrics import set_tail_kl
 
@@ -30,6 +33,14 @@ def test_by_hand():
     result = OffSupport("tail")(pack([losses.Episode([state], "terminal")]))
     assert float(result.loss) == pytest.approx(math.log(2))
     assert [float(x) for x in result.metrics["mass_outside_tail"]] == pytest.approx([0.5, 1.0])
+
+
+def test_a_teachers_mass_above_1_counts_as_1():
+    """Stored log-probabilities are rounded, so those of a set that is the whole support can add up to more."""
+    # The student's mass inside is 2 of 8: −log ¼.
+    state = losses.State(np.zeros(2), np.log([0.6, 0.4006]), taken=1, normaliser=math.log(8))
+    loss = OffSupport("tail")(pack([losses.Episode([state], "terminal")])).loss
+    assert float(loss) == pytest.approx(math.log(4), rel=1e-12)
 
 
 def test_least_where_the_student_has_the_teachers_mass_on_the_set():
@@ -68,6 +79,50 @@ def test_finite_where_the_set_is_the_whole_support(dtype, excess):
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in gradients(stats).values())
+
+
+@pytest.mark.parametrize(
+    ("outside", "pushes"), [(1e-3, True), (1e-5, True), (2e-6, True), (5e-7, False), (1e-9, False)]
+)
+def test_a_confident_student_is_pushed_outwards_until_its_outside_mass_is_rounding(outside, pushes):
+    """Teacher 0.9 on the set. In the logit of an outside token the slope is Z − P, down to an outside mass of 1e-6."""
+    inside = torch.tensor(math.log1p(-outside), dtype=torch.float64)
+    outer = torch.tensor(math.log(outside), dtype=torch.float64, requires_grad=True)
+    state = losses.State(np.array([float(inside)]), np.log([0.9]), taken=0)
+    stats = replace(pack([losses.Episode([state], "terminal")]), log_normaliser_N=torch.logaddexp(inside, outer)[None])
+    OffSupport("tail")(stats).loss.backward()
+    assert float(outer.grad) == pytest.approx(0.9 - (1 - outside) if pushes else 0.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("outside", "tolerance"), [(1e-2, 1e-3), (1e-3, 1e-2), (1e-4, 5e-2)])
+def test_gradients_through_the_kernel_in_float32(outside, tolerance):
+    """Against float64, for logits at the level of a language model's and a student too sure of the set."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows, width, vocab, listed = 16, 64, 2000, 8
+    hidden, weight = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (num_rows, vocab))
+    weight = 0.1 * weight
+    logits = hidden @ weight.T
+    gap = (logits[:, listed:].logsumexp(1) - logits[:, :listed].logsumexp(1)).mean()
+    bias = torch.full((vocab,), 15.0, dtype=torch.float64)
+    bias[:listed] += gap + math.log((1 - outside) / outside)
+    template = pack([losses.Episode([random_state(np.random.default_rng(0), listed)] * num_rows, "terminal")])
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        leaf = hidden.detach().clone().to(dtype).requires_grad_()
+        fields = student_statistics(
+            leaf,
+            OutputHead(weight.to(dtype), bias.to(dtype)),
+            offsets=template.offsets,
+            action_ids_M=torch.arange(listed).repeat(num_rows),
+            taken_N=torch.zeros(num_rows, dtype=torch.long),
+            support="vocabulary",
+        )
+        stats = replace(template, log_prob_teacher_M=template.log_prob_teacher_M.to(dtype), **fields)
+        OffSupport("tail")(stats).loss.backward()
+        return leaf.grad.double()
+
+    exact, found = gradient(torch.float64), gradient(torch.float32)
+    assert float((found - exact).norm()) < tolerance * float(exact.norm())
 
 
 def test_support_names_the_normaliser():

@@ -14,7 +14,7 @@ from references import td_family
 from references.losses import Episode, State, projected
 
 from tdistill.errors import DomainError
-from tdistill.objectives import IQLearn
+from tdistill.objectives import IQLearn, check_full_support
 from tdistill.objectives.path_consistency import PathConsistency
 
 GRID = [
@@ -116,6 +116,45 @@ def test_projected_probabilities_are_the_teachers():
         if s.taken is not None
     )
     assert float(ratio) == pytest.approx(wanted)
+
+
+def test_metrics_by_hand():
+    # A teacher's and a student's answer of one token, each its end: set (½, ½) for the student, (¾, ¼) for the teacher.
+    # Teacher's, first token, v = 1: δ = log(¾/½) − 1 = log 1.5 − 1. Student's, second token, v = −2: δ = log ½ + 2.
+    def one(taken: int, value: float, from_student: bool) -> Episode:
+        return Episode([state([0.0, 0.0], [0.6, 0.2], taken, value)], "terminal", from_student=from_student)
+
+    stats = pack([one(0, 1.0, False), one(1, -2.0, True)])
+    metrics = PathConsistency(states="both", weight=0.3, student_weight=7.0)(stats).metrics
+    on_teacher, on_student = math.log(1.5) - 1, math.log(0.5) + 2
+    wanted = {
+        "residual": on_teacher,
+        "residual_squared": on_teacher**2,
+        "residual_student": on_student,
+        "residual_squared_student": on_student**2,
+        "log_ratio": -math.log(1.5),
+        "log_ratio_student": -math.log(0.5),
+        "value": 1.0,
+    }
+    assert {name: float(metrics[name][0]) for name in wanted} == pytest.approx(wanted)
+    assert {int(metrics[name][1]) for name in wanted} == {1}
+    # The expected first-order term is that of both answers, the sampled one that of the teacher's: log ½ each.
+    assert [float(x) for x in metrics["first_order"]] == pytest.approx([2 * math.log(2), 2])
+    sampled = PathConsistency(states="both", first_order="sampled")(stats).metrics["first_order"]
+    assert [float(x) for x in sampled] == pytest.approx([math.log(2), 1])
+    offline = PathConsistency()(stats).metrics
+    assert [float(x) for x in offline["first_order"]] == pytest.approx([math.log(2), 1])
+    assert not [name for name in offline if name.endswith("_student")]
+
+
+def test_what_it_needs_follows_from_its_fields():
+    assert (PathConsistency().needs_rollouts, PathConsistency(states="both").needs_rollouts) == (False, True)
+    assert (PathConsistency().needs_value_head, PathConsistency(value="none").needs_value_head) == (True, False)
+
+
+def test_p_1_is_refused_with_a_remedy():
+    with pytest.raises(DomainError, match=r"path_consistency at p = 1 .* train iq_learn .* at p < 1"):
+        check_full_support(PathConsistency())
 
 
 @pytest.mark.parametrize(

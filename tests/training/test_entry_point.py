@@ -13,10 +13,12 @@ from builders import pack, random_episodes
 from training_support import losses, settings
 
 from tdistill.cli.listing import listing
+from tdistill.config import load_recipe
 from tdistill.errors import ConfigError, DomainError
 from tdistill.objectives import IQLearn, objective_class, objective_names
 from tdistill.training import TDistillTrainer
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "path_consistency.yaml"
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
 
 
@@ -64,11 +66,27 @@ def test_the_example_of_the_page_trains(install, load_start, tiny_stores, tiny_t
     assert float(objective_class("focal")(focus=0.0)(stats).loss) == pytest.approx(plain, rel=1e-12)
 
 
+def test_a_recipe_can_name_the_example(install, tmp_path):
+    """The line of the page, in a recipe; settings and names are checked as those of the package's own."""
+    install(block("python"), "focal = my_package.focal:Focal")
+    line = block("yaml").strip().removeprefix("objective: ")
+    recipe = load_recipe(RECIPE, [f"phases.sft.args.objective={line}"])
+    objective = recipe.arguments("sft", str(tmp_path)).build_objective()
+    assert objective == objective_class("focal")(focus=1.0)
+    with pytest.raises(ConfigError, match="Did you mean 'focus'"):
+        load_recipe(RECIPE, ["phases.sft.args.objective={name: focal, fokus: 1.0}"])
+    with pytest.raises(ConfigError, match="Did you mean 'focal'"):
+        load_recipe(RECIPE, ["phases.sft.args.objective=focall"])
+    with pytest.raises(DomainError, match=r"phases.sft.args: focal: focus = -1"):
+        load_recipe(RECIPE, ["phases.sft.args.objective={name: focal, focus: -1.0}"])
+
+
 @pytest.mark.parametrize(
     ("code", "entry", "part"),
     [
         ("import no_such_module", "broken = my_package.focal:Focal", r"'broken'.*cannot be loaded.*no_such_module"),
         ("Focal = 3", "broken = my_package.focal:Focal", "no dataclass derived from"),
+        (block("python").replace("@dataclass(frozen=True)", ""), "broken = my_package.focal:Focal", "no dataclass"),
         (block("python"), "broken = my_package.focal:Focal", "calls itself 'focal'"),
     ],
 )
@@ -84,3 +102,12 @@ def test_a_name_that_is_taken_is_refused(install):
     install("", "sft = my_package.focal:Focal")
     with pytest.raises(ConfigError, match=r"Two objectives are called 'sft'.*my_package.*Rename"):
         objective_class("sft")
+
+
+def test_two_packages_with_one_name_are_both_named(install):
+    for package in ("my_package", "other_package"):
+        install(block("python"), f"focal = {package}.focal:Focal", package)
+    with pytest.raises(ConfigError, match="Two objectives are called 'focal'") as caught:
+        objective_class("focal")
+    assert "my_package.focal" in str(caught.value)
+    assert "other_package.focal" in str(caught.value)

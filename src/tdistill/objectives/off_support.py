@@ -11,7 +11,9 @@ from tdistill import returns
 from tdistill.errors import DomainError
 from tdistill.types import ActionStats, LossOutput
 
-# Largest log of the student's mass on a set: keeps log(1 − mass) finite where a set is the whole support.
+# Largest log of the student's mass on a set: keeps log(1 − mass) finite where a set is the whole support. Beyond it the
+# gradient is 0: an outside mass below 1e-6, from the difference of two float32 log-sum-exps, is rounding, and the
+# gradient of a smooth form would have a random direction there.
 _MAX_LOG_MASS = -1e-6
 
 

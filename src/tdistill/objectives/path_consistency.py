@@ -83,7 +83,7 @@ class PathConsistency(Objective):
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: the sum over rows with an action, nats (δ² in nats²); its terms as metrics."""
-        refuse_full_support(stats, self.name, "the teacher's log-probability of an action is not stored there")
+        refuse_full_support(stats, self.name, "train iq_learn with first_order: sampled there")
         q = soft_q(stats, "value_head" if self.value == "head" else "raw")
         value_N = q.value_N if self.value == "head" else torch.zeros_like(q.value_N)
         log_ratio_N = q.log_prob_taken_N - teacher_log_prob_taken(stats)
@@ -91,10 +91,10 @@ class PathConsistency(Objective):
         teacher_N, student_N = teacher_rows(stats), student_rows(stats)
         if self.states == "teacher":
             student_N = torch.zeros_like(student_N)
-        squared_N = torch.where(known_N & (teacher_N | student_N), residual_N, torch.zeros_like(residual_N)).square()
+        squared_N = residual_N.square()
         on_teacher, on_student = masked_sum(squared_N, teacher_N), masked_sum(squared_N, student_N)
 
-        log_likelihood, counted_N = on_teacher * 0.0, teacher_N
+        log_likelihood, counted_N = torch.zeros_like(on_teacher), teacher_N
         if self.first_order == "sampled":
             log_likelihood = masked_sum(q.log_prob_taken_N, teacher_N)
         elif self.first_order == "expected":
@@ -103,11 +103,14 @@ class PathConsistency(Objective):
         loss = self.weight * (on_teacher + self.student_weight * on_student) - log_likelihood
         metrics = {
             "first_order": (-log_likelihood.detach(), counted_N.sum()),
+            # consistency_residual has the student's sign of the log-ratio and +v: it is −δ.
+            "residual": (-masked_sum(residual_N.detach(), teacher_N), (known_N & teacher_N).sum()),
             "residual_squared": (on_teacher.detach(), (known_N & teacher_N).sum()),
             "log_ratio": (masked_sum(log_ratio_N.detach(), teacher_N), teacher_N.sum()),
             "value": (masked_sum(value_N.detach(), teacher_N), teacher_N.sum()),
         }
         if self.states == "both":
+            metrics["residual_student"] = (-masked_sum(residual_N.detach(), student_N), (known_N & student_N).sum())
             metrics["residual_squared_student"] = (on_student.detach(), (known_N & student_N).sum())
             metrics["log_ratio_student"] = (masked_sum(log_ratio_N.detach(), student_N), student_N.sum())
         return LossOutput(loss, metrics)
