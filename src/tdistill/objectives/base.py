@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -143,15 +144,6 @@ def teacher_log_prob_taken(stats: ActionStats) -> Tensor:
     return stats.log_prob_taken_teacher_N - torch.log(torch.where(mass_N > 0, mass_N, torch.ones_like(mass_N)))
 
 
-def bootstrap_statistics(who: str, stats: ActionStats, target: Literal["residual", "slow"]) -> ActionStats:
-    """Return the statistics that bootstrapped values come from: the student's own, or those of its slow copy."""
-    if target == "residual":
-        return stats
-    if stats.target is None:
-        raise DomainError(f"{who}: target = slow needs the statistics of a slow copy; the trainer provides them.")
-    return stats.target
-
-
 def check_gamma(who: str, gamma: float) -> None:
     """Raise DomainError unless 0 ≤ gamma ≤ 1."""
     if not 0 <= gamma <= 1:
@@ -162,3 +154,90 @@ def refuse_full_support(stats: ActionStats, who: str, remedy: str) -> None:
     """Raise DomainError at p = 1, where a store lists no sets."""
     if stats.full_support:
         raise DomainError(f"{who} at p = 1 has no listed action sets: {remedy}; or train at p < 1.")
+
+
+class BellmanObjective(Objective):
+    """What objectives on Bellman errors share. The dataclass declares the two fields.
+
+    ``target`` says where the value of the next state comes from: ``residual``, the student itself, with gradient; or
+    ``slow``, an exponential moving average of its weights, without: one more forward pass per micro-batch and one copy
+    of the weights.
+    """
+
+    coordinates: Coordinates
+    target: Literal["residual", "slow"]
+
+    @property
+    def needs_value_head(self) -> bool:
+        """Whether the student must carry a scalar value head."""
+        return self.coordinates == "value_head"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it reads the statistics under a slow copy of the student."""
+        return self.target == "slow"
+
+    def present_and_later(self, stats: ActionStats) -> tuple[SoftQ, SoftQ]:
+        """Return soft Q-values of the student, and those that values of next states are taken from."""
+        if self.coordinates == "max_set":
+            refuse_full_support(stats, self.name, "set coordinates to raw or value_head")
+        present = soft_q(stats, self.coordinates)
+        if self.target == "residual":
+            return present, present
+        if stats.target is None:
+            raise DomainError(
+                f"{self.name}: target = slow needs the statistics of a slow copy; the trainer provides them."
+            )
+        return present, soft_q(stats.target, self.coordinates)
+
+
+class TwoSidedSquares(BellmanObjective):
+    """Squared errors on the teacher's transitions, and weighted ones on the student's. The dataclass has the field."""
+
+    student_weight: float
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether it needs trajectories that the student sampled."""
+        return self.student_weight > 0
+
+    def check_student_weight(self) -> None:
+        """Raise DomainError unless 0 ≤ student_weight < ∞."""
+        if not 0 <= self.student_weight < math.inf:
+            raise DomainError(
+                f"{self.name}: student_weight = {self.student_weight} must be finite and not negative; 0 drops the "
+                "student's transitions."
+            )
+
+    def squares(
+        self,
+        errors: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+        recovered_N: Tensor,
+        value_N: Tensor,
+    ) -> LossOutput:
+        """Sum the squares.
+
+        Args:
+            errors: of the teacher's and of the student's transitions, float [N] each, nats.
+            rows: which rows these are, bool [N] each.
+            recovered_N: recovered reward, for the log.
+            value_N: soft value, for the log.
+        Returns:
+            The loss, nats², and what is logged of it.
+        """
+        (teacher_N, student_N), zero_N = rows, torch.zeros_like(recovered_N)
+        on_teacher, on_student = (
+            torch.where(mask_N, error_N, zero_N).square().sum() for error_N, mask_N in zip(errors, rows, strict=True)
+        )
+        metrics = {
+            "bellman_error_squared": (on_teacher.detach(), teacher_N.sum()),
+            "recovered_reward": (masked_sum(recovered_N.detach(), teacher_N), teacher_N.sum()),
+            "value": (masked_sum(value_N.detach(), teacher_N), teacher_N.sum()),
+        }
+        if self.student_weight > 0:
+            metrics |= {
+                "bellman_error_squared_student": (on_student.detach(), student_N.sum()),
+                "recovered_reward_student": (masked_sum(recovered_N.detach(), student_N), student_N.sum()),
+            }
+        return LossOutput(on_teacher + self.student_weight * on_student, metrics)

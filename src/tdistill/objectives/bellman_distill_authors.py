@@ -80,7 +80,7 @@ class BellmanDistillAuthors(Objective):
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with q_max. Returns: −J, the sum over rows that count, nats; its terms as metrics."""
-        refuse_full_support(stats, self.name, "it averages over the listed sets")
+        refuse_full_support(stats, self.name, "train iq_learn with first_order: sampled there")
         assert stats.q_max_N is not None and stats.vocab_size is not None
         rows_M, sizes_N = returns.slot_rows(stats.offsets, len(stats.q_M)), stats.offsets.diff()
         num_off_N = (stats.vocab_size - sizes_N).to(stats.q_M.dtype)

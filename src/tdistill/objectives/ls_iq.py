@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from tdistill import returns
 from tdistill.errors import DomainError
-from tdistill.objectives.base import (
-    Coordinates,
-    Objective,
-    bootstrap_statistics,
-    check_gamma,
-    masked_sum,
-    refuse_full_support,
-    soft_q,
-    student_rows,
-    teacher_rows,
-)
+from tdistill.objectives.base import Coordinates, TwoSidedSquares, check_gamma, student_rows, teacher_rows
 from tdistill.types import ActionStats, Ends, LossOutput
 
 
 @dataclass(frozen=True)
-class LSIQ(Objective):
+class LSIQ(TwoSidedSquares):
     """Squared distance of the recovered reward from +r_max on the teacher's and −r_max on the student's transitions.
 
     Σ_teacher (r − r_max)² + λ Σ_student (r + r_max)²,  r = Q(s,a) − γ V_p(s').
@@ -76,33 +66,11 @@ class LSIQ(Objective):
             raise DomainError(f"ls_iq: gamma = {self.gamma} makes the bound r_max/(1 − gamma) infinite. Lower gamma.")
         if not 0 < self.r_max < math.inf:
             raise DomainError(f"ls_iq: r_max = {self.r_max} must be positive and finite. The paper uses 2.")
-        if not 0 <= self.student_weight < math.inf:
-            raise DomainError(
-                f"ls_iq: student_weight = {self.student_weight} must be finite and not negative; 0 drops the student's "
-                "transitions."
-            )
-
-    @property
-    def needs_value_head(self) -> bool:
-        """Whether the student must carry a scalar value head."""
-        return self.coordinates == "value_head"
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Whether it needs trajectories that the student sampled."""
-        return self.student_weight > 0
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether it reads the statistics under a slow copy of the student."""
-        return self.target == "slow"
+        self.check_student_weight()
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: the sum over rows with an action and a known next value, nats²; its terms."""
-        if self.coordinates == "max_set":
-            refuse_full_support(stats, self.name, "set coordinates to raw or value_head")
-        q, bound = soft_q(stats, self.coordinates), self.r_max / (1 - self.gamma)
-        later = soft_q(bootstrap_statistics(self.name, stats, self.target), self.coordinates)
+        (q, later), bound = self.present_and_later(stats), self.r_max / (1 - self.gamma)
         following_N, known_N = returns.next_value(later.value_N, stats)
         teacher_N, student_N = teacher_rows(stats) & known_N, student_rows(stats) & known_N
         used_N = teacher_N | student_N if self.student_weight > 0 else teacher_N
@@ -115,18 +83,6 @@ class LSIQ(Objective):
         recovered_N = q.action_value_N - self.gamma * following_N
 
         error_N = q.action_value_N - bound if self.teacher_target == "fixed" else recovered_N - self.r_max
-        zero_N = torch.zeros_like(recovered_N)
-        on_teacher = torch.where(teacher_N, error_N, zero_N).square().sum()
-        on_student = torch.where(student_N, recovered_N + self.r_max, zero_N).square().sum()
-        metrics = {
-            "bellman_error_squared": (on_teacher.detach(), teacher_N.sum()),
-            "recovered_reward": (masked_sum(recovered_N.detach(), teacher_N), teacher_N.sum()),
-            "value": (masked_sum(q.value_N.detach(), teacher_N), teacher_N.sum()),
-            "clipped_share": (clipped_N.sum(), used_N.sum()),
-        }
-        if self.student_weight > 0:
-            metrics |= {
-                "bellman_error_squared_student": (on_student.detach(), student_N.sum()),
-                "recovered_reward_student": (masked_sum(recovered_N.detach(), student_N), student_N.sum()),
-            }
-        return LossOutput(on_teacher + self.student_weight * on_student, metrics)
+        errors = error_N, recovered_N + self.r_max
+        result = self.squares(errors, (teacher_N, student_N), recovered_N, q.value_N)
+        return replace(result, metrics={**result.metrics, "clipped_share": (clipped_N.sum(), used_N.sum())})

@@ -6,26 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from tdistill import returns
 from tdistill.errors import DomainError
-from tdistill.objectives.base import (
-    Coordinates,
-    Objective,
-    bootstrap_statistics,
-    check_gamma,
-    masked_sum,
-    refuse_full_support,
-    soft_q,
-    student_rows,
-    teacher_rows,
-)
+from tdistill.objectives.base import Coordinates, TwoSidedSquares, check_gamma, student_rows, teacher_rows
 from tdistill.types import ActionStats, LossOutput
 
 
 @dataclass(frozen=True)
-class SQIL(Objective):
+class SQIL(TwoSidedSquares):
     """Squared soft Bellman error on the reduced sets, with constant rewards.
 
     Σ_teacher (Q(s,a) − R − γ V_p(s'))² + λ Σ_student (Q(s,a) − γ V_p(s'))²;  V_p(s') = 0 after termination,
@@ -61,47 +49,12 @@ class SQIL(Objective):
         check_gamma(self.name, self.gamma)
         if not math.isfinite(self.reward):
             raise DomainError(f"sqil: reward = {self.reward} must be finite. The paper uses 1.")
-        if not 0 <= self.student_weight < math.inf:
-            raise DomainError(
-                f"sqil: student_weight = {self.student_weight} must be finite and not negative; 0 drops the student's "
-                "transitions."
-            )
-
-    @property
-    def needs_value_head(self) -> bool:
-        """Whether the student must carry a scalar value head."""
-        return self.coordinates == "value_head"
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Whether it needs trajectories that the student sampled."""
-        return self.student_weight > 0
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether it reads the statistics under a slow copy of the student."""
-        return self.target == "slow"
+        self.check_student_weight()
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: the sum over rows with an action and a known next value, nats²; its terms."""
-        if self.coordinates == "max_set":
-            refuse_full_support(stats, self.name, "set coordinates to raw or value_head")
-        q = soft_q(stats, self.coordinates)
-        later = soft_q(bootstrap_statistics(self.name, stats, self.target), self.coordinates)
+        q, later = self.present_and_later(stats)
         following_N, known_N = returns.next_value(later.value_N, stats)
         recovered_N = q.action_value_N - self.gamma * following_N
-        teacher_N, student_N = teacher_rows(stats) & known_N, student_rows(stats) & known_N
-        zero_N = torch.zeros_like(recovered_N)
-        on_teacher = torch.where(teacher_N, recovered_N - self.reward, zero_N).square().sum()
-        on_student = torch.where(student_N, recovered_N, zero_N).square().sum()
-        metrics = {
-            "bellman_error_squared": (on_teacher.detach(), teacher_N.sum()),
-            "recovered_reward": (masked_sum(recovered_N.detach(), teacher_N), teacher_N.sum()),
-            "value": (masked_sum(q.value_N.detach(), teacher_N), teacher_N.sum()),
-        }
-        if self.student_weight > 0:
-            metrics |= {
-                "bellman_error_squared_student": (on_student.detach(), student_N.sum()),
-                "recovered_reward_student": (masked_sum(recovered_N.detach(), student_N), student_N.sum()),
-            }
-        return LossOutput(on_teacher + self.student_weight * on_student, metrics)
+        rows = teacher_rows(stats) & known_N, student_rows(stats) & known_N
+        return self.squares((recovered_N - self.reward, recovered_N), rows, recovered_N, q.value_N)

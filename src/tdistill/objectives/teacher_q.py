@@ -11,20 +11,18 @@ from torch import Tensor
 from tdistill import returns
 from tdistill.errors import DomainError
 from tdistill.objectives.base import (
+    BellmanObjective,
     Coordinates,
-    Objective,
-    bootstrap_statistics,
     check_gamma,
     masked_sum,
     refuse_full_support,
-    soft_q,
     teacher_log_prob_taken,
 )
 from tdistill.types import ActionStats, LossOutput
 
 
 @dataclass(frozen=True)
-class TeacherQ(Objective):
+class TeacherQ(BellmanObjective):
     """½ Σ (Q(s_t,a_t) − y_t)², y_t a multi-step soft target for a reward under which the teacher is soft-optimal.
 
     r(s,a) = Q*(s,a) − γ V*_p(s'),  Q*(s,a) = log π*(a|s) + L(s),  V*_p(s) = log Σ_{A_p(s)} exp Q* = L(s) + log Z(s),
@@ -78,16 +76,6 @@ class TeacherQ(Objective):
         if self.lam is not None and self.steps != 1:
             raise DomainError(f"teacher_q: lam = {self.lam} mixes all n; drop steps = {self.steps}, or lam.")
 
-    @property
-    def needs_value_head(self) -> bool:
-        """Whether the student must carry a scalar value head."""
-        return self.coordinates == "value_head"
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether it reads the statistics under a slow copy of the student."""
-        return self.target == "slow"
-
     def rewards(self, stats: ActionStats) -> Tensor:
         """Return r(s,a) of each transition, float [N], nats; arbitrary where no action counts."""
         log_prob_N = teacher_log_prob_taken(stats)
@@ -100,9 +88,8 @@ class TeacherQ(Objective):
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: the sum over rows with an action and a known target, nats²; its terms."""
-        refuse_full_support(stats, self.name, "the teacher's log-probability of an action is not stored there")
-        q = soft_q(stats, self.coordinates)
-        later = soft_q(bootstrap_statistics(self.name, stats, self.target), self.coordinates)
+        refuse_full_support(stats, self.name, "train iq_learn with first_order: sampled there")
+        q, later = self.present_and_later(stats)
         reward_N = self.rewards(stats)
         entropic_N = reward_N - later.log_prob_taken_N
         if self.lam is None:

@@ -89,6 +89,7 @@ class Rollouts:
         self.settings, self.prompts, self.load_teacher = settings, prompts, load_teacher
         self.sampling, self.template = sampling, template
         self._stores: dict[Path, Store] = {}
+        self._rounds: list[Store] = []
 
     def prepare(self, step: int, model: Any, tokenizer: Any, folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
         """Make the round that is due at a step, and open those before it.
