@@ -71,6 +71,8 @@ TINY: dict[str, Variant] = {
     "alpha 10, sampled": on(iq(first_order="sampled")),
     "alpha inf, sampled": on(iq(alpha=INF, first_order="sampled")),
     **{f"alpha inf, p {p:g}": on(CLONING, p=p) for p in (0.5, 0.8, 0.99)},
+    "alpha inf, p by a budget of 1 nat": on(CLONING, p=None, p_budget_nats=1.0),
+    "alpha inf, p by a budget of 4 nats": on(CLONING, p=None, p_budget_nats=4.0),
     "alpha inf, no control": on(CLONING, off_support="none"),
     "alpha inf, union": on(CLONING, off_support="union"),
     "consistency 0.05": on(consistency()),
@@ -139,6 +141,8 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "alpha inf, p 0.5",
         "alpha inf, p 0.8",
         "alpha inf, p 0.99",
+        "alpha inf, p by a budget of 1 nat",
+        "alpha inf, p by a budget of 4 nats",
     ],
     "Off-support control": ["alpha inf", "alpha inf, union", "alpha inf, no control"],
     "Teacher-reward path consistency": [
@@ -191,6 +195,10 @@ REAL: dict[str, Variant] = {
     "consistency 0.2, half own states, gamma 0": screened(with_rollouts(consistency(weight=0.2, gamma=0.0, **BOTH))),
     "sft continued, learning rate 1e-4": screened(on({"name": "sft"}, learning_rate=1e-4)),
     "sft continued, learning rate 3e-4": screened(on({"name": "sft"})),
+    "sqil": screened(with_rollouts({"name": "sqil"})),
+    "ls_iq": screened(with_rollouts({"name": "ls_iq"})),
+    "teacher_q": screened(on({"name": "teacher_q"})),
+    "bellman_distill_authors": screened(on({"name": "bellman_distill_authors"}, off_support="none")),
 }
 REAL_QUESTIONS: dict[str, list[str]] = {
     "α, and the twins of α = 100": ["alpha inf", "alpha 100", "alpha 100, gamma 0", "alpha 10"],
@@ -209,6 +217,7 @@ REAL_QUESTIONS: dict[str, list[str]] = {
         "consistency 0.2, half own states",
         "consistency 0.2, half own states, gamma 0",
     ],
+    "Other members": ["alpha inf", "sqil", "ls_iq", "teacher_q", "bellman_distill_authors"],
 }
 
 VARIANTS = {"tiny": TINY, "real": REAL}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from tdistill.errors import UnsupportedModelError
@@ -20,12 +22,17 @@ class OutputHead:
         bias_V: output bias, [V], or None.
         scale: factor on the product (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: Gemma's ``final_logit_softcapping``, or None.
+        low_rank: LoRA factors A [r, D] and B [V, r] and their scale, added to the matrix as scale · B A; or None.
+        sparse_gradient: gather rows with a sparse gradient. For a matrix that is also the input embedding: the dense
+            gradient from there takes it up in place, and no second one of the matrix' size is made.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    low_rank: tuple[Tensor, Tensor, float] | None = None
+    sparse_gradient: bool = False
 
     def finish(self, product: Tensor) -> Tensor:
         """Apply scale and cap to products h · W + b of any shape."""
@@ -34,15 +41,33 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits of all rows of the matrix, [N, V], at least float32, under autocast too."""
-        dtype = compute_dtype(hidden_ND, self.weight_VD)
-        bias = None if self.bias_V is None else self.bias_V.to(dtype)
+        head = self.merged()
+        dtype = compute_dtype(hidden_ND, head.weight_VD)
+        bias = None if head.bias_V is None else head.bias_V.to(dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            return self.finish(nn.functional.linear(hidden_ND.to(dtype), self.weight_VD.to(dtype), bias))
+            return self.finish(nn.functional.linear(hidden_ND.to(dtype), head.weight_VD.to(dtype), bias))
+
+    def merged(self) -> OutputHead:
+        """The head with the low-rank factors multiplied out."""
+        if self.low_rank is None:
+            return self
+        factor_A, factor_B, scale = self.low_rank
+        return replace(self, weight_VD=_merge(self.weight_VD, factor_A, factor_B, scale), low_rank=None)
 
     def select(self, ids_U: Tensor) -> OutputHead:
-        """The head restricted to some tokens."""
+        """The head restricted to some tokens, low-rank factors multiplied out."""
+        rows_UD = embedding(ids_U, self.weight_VD, sparse=self.sparse_gradient)
+        if self.low_rank is not None:
+            factor_A, factor_B, scale = self.low_rank
+            rows_UD = _merge(rows_UD, factor_A, embedding(ids_U, factor_B), scale)
         bias = None if self.bias_V is None else self.bias_V[ids_U]
-        return replace(self, weight_VD=self.weight_VD.index_select(0, ids_U), bias_V=bias)
+        return replace(self, weight_VD=rows_UD, bias_V=bias, low_rank=None, sparse_gradient=False)
+
+
+def _merge(weight_UD: Tensor, factor_A: Tensor, factor_B: Tensor, scale: float) -> Tensor:
+    dtype = compute_dtype(weight_UD, factor_A)
+    with torch.autocast(weight_UD.device.type, enabled=False):
+        return torch.addmm(weight_UD.to(dtype), factor_B.to(dtype), factor_A.to(dtype), alpha=scale)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -57,17 +82,50 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     """Read the output head of a causal language model.
 
     Raises:
-        UnsupportedModelError: the head is not a plain linear layer (an adapter on it, a sharded vocabulary).
+        UnsupportedModelError: the head is not a linear layer, plain or with LoRA (a sharded vocabulary, quantisation).
     """
     layer = model.get_output_embeddings()
+    low_rank = None
     if type(layer) is not nn.Linear:
-        raise UnsupportedModelError(
-            f"The output layer of {type(model).__name__} is a {type(layer).__name__}; tdistill needs a plain "
-            "torch.nn.Linear. Remove adapters and quantisation from the output layer."
-        )
+        layer, low_rank = _lora(layer, type(model).__name__)
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    return OutputHead(
+        layer.weight,
+        layer.bias,
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+        low_rank,
+        sparse_gradient=getattr(model.get_input_embeddings(), "weight", None) is layer.weight,
+    )
+
+
+def _lora(layer: Any, model_name: str) -> tuple[nn.Linear, tuple[Tensor, Tensor, float] | None]:
+    """Base layer and low-rank factors of PEFT's LoRA on a linear layer.
+
+    Raises:
+        UnsupportedModelError: it is anything else, or computes more than h (W + scale · B A).
+    """
+    base: Any = getattr(layer, "base_layer", None)
+    active = getattr(layer, "active_adapters", [])
+    plain = (
+        type(base) is nn.Linear
+        and hasattr(layer, "lora_A")
+        and len(active) == 1
+        and not layer.merged
+        and not layer.use_dora.get(active[0], False)
+        and type(layer.lora_dropout[active[0]]) is nn.Identity
+        and layer.lora_B[active[0]].bias is None
+    )
+    if not plain:
+        raise UnsupportedModelError(
+            f"The output layer of {model_name} is a {type(layer).__name__}; tdistill needs a plain torch.nn.Linear, or "
+            "one with a single LoRA adapter without dropout, bias and DoRA. Remove other adapters and quantisation "
+            "from the output layer."
+        )
+    name = active[0]
+    factors = (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+    return base, None if layer.disable_adapters else factors
 
 
 @torch.no_grad()

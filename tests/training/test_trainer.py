@@ -529,8 +529,8 @@ def test_the_best_adapter_is_loaded_with_its_value_head(make_trainer, tiny_store
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_the_output_matrix_is_refused_before_training(make_trainer, target):
-    with pytest.raises(UnsupportedModelError, match=r"output (layer|matrix)"):
+def test_an_adapter_on_a_shared_output_matrix_is_refused_before_training(make_trainer, target):
+    with pytest.raises(UnsupportedModelError, match="output matrix"):
         make_trainer(peft_config=lora(target_modules=["q_proj", target]))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdistill.head import OutputHead
 from tdistill.kernels.candidates import pair_logits
-from tdistill.kernels.chunked import log_normaliser, normaliser_and_argmax
+from tdistill.kernels.chunked import normaliser_and_argmax, normaliser_and_pairs
 
 Support = Literal["vocabulary", "union", "negatives"]
 
@@ -18,27 +18,20 @@ Support = Literal["vocabulary", "union", "negatives"]
 _NUM_NEGATIVES = 4096
 
 
-def support_tokens(
-    support: Support | None, listed_M: Tensor, vocab_size: int, num_negatives: int = _NUM_NEGATIVES
-) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens that a log-normaliser runs over, and the logarithms of their weights.
+def draw_negatives(union_U: Tensor, vocab_size: int, num_negatives: int = _NUM_NEGATIVES) -> tuple[Tensor, Tensor]:
+    """Uniform draws from the vocabulary that stand for all tokens outside a union, and the logarithms of their weights.
 
-    ``union``: all listed tokens once. ``negatives``: those, and uniform draws from the vocabulary that stand for the
-    rest, each with weight V / num_negatives (0 if it is listed): an unbiased estimate of the whole normaliser, with
-    draws from torch's global generator.  Source: importance-sampled softmax (Bengio and Senécal 2008).
+    Each counts V / num_negatives times, and 0 times if it is in the union, so that a log-normaliser over the union and
+    the draws is that of an unbiased estimate of the whole normaliser. Draws come from torch's global generator.
+    Source: importance-sampled softmax (Bengio and Senécal 2008).
 
     Returns:
-        int64 [U] and float [U]; None for the whole vocabulary, and None for weights of one.
+        int64 and float [num_negatives].
     """
-    if support is None or support == "vocabulary":
-        return None, None
-    ids_U = torch.unique(listed_M)
-    if support == "union":
-        return ids_U, None
-    drawn = torch.randint(vocab_size, (num_negatives,), device=listed_M.device)
-    log_weight = torch.full((num_negatives,), math.log(vocab_size / num_negatives), device=listed_M.device)
-    log_weight[torch.isin(drawn, ids_U)] = -torch.inf
-    return torch.cat([ids_U, drawn]), torch.cat([log_weight.new_zeros(len(ids_U)), log_weight])
+    drawn = torch.randint(vocab_size, (num_negatives,), device=union_U.device)
+    log_weight = torch.full((num_negatives,), math.log(vocab_size / num_negatives), device=union_U.device)
+    log_weight[torch.isin(drawn, union_U)] = -torch.inf
+    return drawn, log_weight
 
 
 def student_statistics(
@@ -60,30 +53,51 @@ def student_statistics(
         offsets: int64 [N + 1], see ActionStats.
         action_ids_M: int64 [M] tokens of the sets.
         taken_N: int64 [N] token taken; any valid id where no action is taken.
-        support: tokens of the log-normaliser, see :func:`support_tokens`; None for no normaliser.
+        support: tokens of the log-normaliser, see :func:`draw_negatives`; None for no normaliser.
         q_max: whether to return the largest logit over the vocabulary.
         kernel: ``candidates`` forms only what is asked for; ``reference`` forms the dense [N, V] logits.
     Returns:
         ``q_M`` [M], ``q_taken_N`` [N], ``log_normaliser_N`` [N] or None and ``q_max_N`` [N] or None; at least float32.
     """
-    num_rows, num_slots = len(hidden_ND), len(action_ids_M)
+    num_rows = len(hidden_ND)
     all_rows = torch.arange(num_rows, device=hidden_ND.device)
-    rows_M = torch.repeat_interleave(all_rows, offsets.diff(), output_size=num_slots)
-    ids_U, log_weight_U = support_tokens(support, action_ids_M, len(head.weight_VD))
+    rows_M = torch.repeat_interleave(all_rows, offsets.diff(), output_size=len(action_ids_M))
+    union_U = torch.unique(action_ids_M) if support in ("union", "negatives") else None
+    draws = None
+    if union_U is not None and support == "negatives":
+        draws = draw_negatives(union_U, len(head.weight_VD))
 
     if kernel == "reference":
         logits_NV = head.logits(hidden_ND)
-        supported = logits_NV if ids_U is None else logits_NV[:, ids_U]
-        weighted = supported if log_weight_U is None else supported + log_weight_U
-        normaliser = None if support is None else weighted.logsumexp(-1)
+        parts = [logits_NV if union_U is None else logits_NV[:, union_U]]
+        if draws is not None:
+            drawn, log_weight = draws
+            parts.append(logits_NV[:, drawn] + log_weight)
+        normaliser = None if support is None else torch.cat(parts, -1).logsumexp(-1)
         q_M, q_taken_N = logits_NV[rows_M, action_ids_M], logits_NV[all_rows, taken_N]
     else:
-        # One call for sets and taken tokens: one pass over the output matrix' gradient instead of two.
-        pairs = pair_logits(hidden_ND, head, torch.cat([rows_M, all_rows]), torch.cat([action_ids_M, taken_N]))
-        q_M, q_taken_N = pairs[:num_slots], pairs[num_slots:]
-        support_head = head if ids_U is None else head.select(ids_U)
-        normaliser = None if support is None else log_normaliser(hidden_ND, support_head, log_weight_U)
+        # Each position lists its set and then the token taken, so that one product serves both.
+        slot_at_M, taken_at_N = torch.arange(len(rows_M), device=rows_M.device) + rows_M, offsets[1:] + all_rows
+        listed = action_ids_M.new_empty(len(action_ids_M) + num_rows)
+        listed[slot_at_M], listed[taken_at_N] = action_ids_M, taken_N
+        bounds = torch.cat([offsets[:1], taken_at_N + 1])
+        if support is None:
+            normaliser, pairs = None, pair_logits(hidden_ND, head, bounds, listed)
+        elif union_U is None:
+            normaliser, pairs = normaliser_and_pairs(hidden_ND, head, bounds, listed)
+        else:
+            ids_U, columns = torch.unique(listed, return_inverse=True)
+            # A token that was taken but is in no set has a column that the normaliser does not see.
+            log_weight_U = torch.zeros(len(ids_U), device=ids_U.device)
+            log_weight_U[~torch.isin(ids_U, union_U)] = -torch.inf
+            if draws is not None:
+                drawn, log_weight = draws
+                ids_U, log_weight_U = torch.cat([ids_U, drawn]), torch.cat([log_weight_U, log_weight])
+            normaliser, pairs = normaliser_and_pairs(hidden_ND, head.select(ids_U), bounds, columns, log_weight_U)
+        q_M, q_taken_N = pairs[slot_at_M], pairs[taken_at_N]
     # The largest is found without gradient, a chunk at a time, and then formed like any other pair.
-    top_N = normaliser_and_argmax(hidden_ND, head)[1] if q_max else None
-    q_max_N = None if top_N is None else pair_logits(hidden_ND, head, all_rows, top_N)
+    q_max_N = None
+    if q_max:
+        top_N = normaliser_and_argmax(hidden_ND, head)[1]
+        q_max_N = pair_logits(hidden_ND, head, torch.arange(num_rows + 1, device=top_N.device), top_N)
     return {"q_M": q_M, "q_taken_N": q_taken_N, "log_normaliser_N": normaliser, "q_max_N": q_max_N}

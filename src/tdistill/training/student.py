@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tdistill.head import check_head, output_head
-from tdistill.kernels.candidates import pair_logits
-from tdistill.kernels.chunked import log_normaliser, normaliser_and_argmax
+from tdistill.kernels.chunked import normaliser_and_argmax, normaliser_and_pairs
 from tdistill.kernels.dispatch import Support, student_statistics
 
 VALUE_HEAD = "value_head"
@@ -90,5 +89,6 @@ def attach_statistics(
 
 def _text_nll(hidden_LD: Tensor, head: Any, target_L: Tensor) -> Tensor:
     """Σ −log π_Q(token) of plain text over the whole vocabulary, nats."""
-    rows = torch.arange(len(hidden_LD), device=hidden_LD.device)
-    return (log_normaliser(hidden_LD, head) - pair_logits(hidden_LD, head, rows, target_L)).sum()
+    one_each = torch.arange(len(hidden_LD) + 1, device=hidden_LD.device)
+    normaliser_L, logit_L = normaliser_and_pairs(hidden_LD, head, one_each, target_L)
+    return (normaliser_L - logit_L).sum()

@@ -373,13 +373,16 @@ class TDistillTrainer(Trainer):
         if hasattr(model, VALUE_HEAD):
             extra = [*(peft_config.modules_to_save or []), VALUE_HEAD]
             peft_config = replace(peft_config, modules_to_save=extra)
-        embedding, tied = model.get_input_embeddings(), model.config.get_text_config().tie_word_embeddings
+        shared = model.get_input_embeddings(), model.get_output_embeddings()
         adapted = get_peft_model(model, peft_config)
         output_head(model)
-        if tied and model.get_input_embeddings() is not embedding:
+        if model.config.get_text_config().tie_word_embeddings and shared != (
+            model.get_input_embeddings(),
+            model.get_output_embeddings(),
+        ):
             raise UnsupportedModelError(
-                f"The adapter changes the input embeddings of {type(model).__name__}, which are its output matrix too. "
-                "Leave them out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
+                f"The adapter changes the output matrix of {type(model).__name__}, which is its input embedding too. "
+                "Leave both out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
             )
         return adapted
 
