@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_llama, tiny_model
+from builders import random_trajectory, tiny_llama, tiny_model
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -24,6 +24,8 @@ from transformers import (
 
 from tdistill.errors import UnsupportedModelError
 from tdistill.head import OutputHead, check_head, compute_dtype, output_head
+from tdistill.kernels.dispatch import student_statistics
+from tdistill.training.collate import PackedCollator
 
 COMMON: dict[str, Any] = {
     "vocab_size": 48,
@@ -167,3 +169,36 @@ def test_logits_are_computed_in_float32_at_least():
         logits = OutputHead(weight).logits(hidden)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("support", [None, "union"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_action_statistics_and_their_gradients_are_those_of_the_models_own_logits(name, support):
+    """Of every parameter, for ragged sets: cap, scale, bias, projection and sharing included."""
+    model = tiny_model(CONFIGS[name]).double()
+    batch = PackedCollator(0)([random_trajectory(seed, 48, 4, 7) for seed in range(3)])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    at, ids, sizes = batch["position_index_N"], batch["action_ids_M"], batch["offsets"].diff()
+    rows = torch.repeat_interleave(torch.arange(len(at)), sizes)
+    found = student_statistics(
+        model.base_model(**inputs).last_hidden_state.flatten(0, 1)[at],
+        output_head(model),
+        offsets=batch["offsets"],
+        action_ids_M=ids,
+        taken_N=batch["taken_N"],
+        support=support,
+    )
+    logits_NV = model(**inputs).logits.flatten(0, 1)[at]
+    wanted = {"q_M": logits_NV[rows, ids], "q_taken_N": logits_NV[torch.arange(len(at)), batch["taken_N"]]}
+    if support == "union":
+        wanted["log_normaliser_N"] = logits_NV[:, ids.unique()].logsumexp(-1)
+    gradients = []
+    for outputs in (found, wanted):
+        model.zero_grad()
+        sum(outputs[key].square().sum() for key in wanted).backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, value in gradients[1].items():
+        torch.testing.assert_close(gradients[0][key], value, rtol=1e-8, atol=1e-9, msg=key)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tdistill.cli.bench import bench
 from tdistill.errors import ConfigError, NoSpaceError, TDistillError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 check = typer.Typer(no_args_is_help=True, help="Check stores, captures and the theory.")
 app.add_typer(check, name="check")
+app.add_typer(bench, name="bench")
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has complete ones.", show_default=False)]
 Overrides = Annotated[

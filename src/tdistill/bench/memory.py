@@ -1,0 +1,59 @@
+"""Peak memory of a training step, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tdistill.bench.steps import build_step
+from tdistill.bench.workload import Workload
+
+STEPS = ("body", "bd", "bd_default", "sft")
+
+
+def measure(
+    workload: Workload, rounds: int = 5, vocab_sizes: tuple[int, ...] = (2**15, 49_152, 2**17)
+) -> dict[str, Any]:
+    """Median peak of the resident memory over ``rounds`` processes, bytes, by vocabulary and step.
+
+    Two steps without an optimiser, so that what is compared is what a step allocates on top of model and gradients.
+    """
+    found: dict[str, Any] = {}
+    for size in vocab_sizes:
+        found[str(size)] = {
+            f"{name}_bytes": statistics.median(_peak_bytes(name, workload, size) for _ in range(rounds))
+            for name in STEPS
+        }
+    return {"vocabulary": found, "rounds": rounds}
+
+
+def _peak_bytes(name: str, workload: Workload, vocab_size: int) -> int:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(name, workload, vocab_size, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _run(name: str, workload: Workload, vocab_size: int, sender: Any) -> None:
+    step = build_step(name, workload, vocab_size=vocab_size)
+    for _ in range(2):
+        step()
+    sender.send(peak_rss_bytes())
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss of a fresh process starts at its parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
