@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench bench-objectives format results clean
+.PHONY: demo test test-slow lint bench bench-objectives bench-performance format results clean
 
 demo: .venv/.demo
 	$(BIN)/tdistill demo
@@ -25,16 +25,23 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs a finished demo; the second goes on from the JSON already there.
+# Needs a finished demo.
 bench: .venv/.demo
 	$(BIN)/python benchmarks/start.py runs/demo benchmarks/results/start.json
-	$(BIN)/python benchmarks/defaults.py runs/demo benchmarks/results/defaults.json
 	$(BIN)/python benchmarks/theory.py
 
 # Hours, most of them for the real scale; needs TDISTILL_DATA, and goes on from the JSON already there.
 bench-objectives: .venv/.demo
 	$(BIN)/python benchmarks/objectives tiny
 	$(BIN)/python benchmarks/objectives real
+
+# An hour with nothing else running: times and memory of docs/performance.md.
+STORE ?= runs/objectives/real/run/store/train
+bench-performance: .venv/.demo
+	$(PIP) -e '.[bench]'
+	for kind in step memory scaling capture; do \
+		$(BIN)/tdistill bench $$kind --output benchmarks/results/bench_$$kind.json || exit 1; done
+	$(BIN)/tdistill bench store $(STORE) --large --output benchmarks/results/bench_store.json
 
 # docs/results.md and the table of README.md are made from the committed JSON alone.
 results: .venv/.dev

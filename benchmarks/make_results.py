@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tdistill.reports.load import read_results
+from tdistill.reports.performance import bars_table, performance_table
 from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
 
@@ -32,19 +33,6 @@ def page() -> str:
     """The whole page."""
     demo = RESULTS / "demo.json"
     parts = [results_page([demo] if demo.is_file() else [])]
-    parts.append(
-        _section(
-            "Second phase",
-            "defaults.json",
-            "variant",
-            "python benchmarks/defaults.py runs/demo benchmarks/results/defaults.json",
-            "One training seed per row, the same start, batches and response tokens, last checkpoint, dev split: rows "
-            "that differ by a few hundredths are not separated. Measured with 300 prompts and phases of 30 steps. "
-            "KL over set and tail is a lower bound on the KL. The "
-            "defaults were chosen from such runs; the twin at alpha inf, which has no temporal term, stands beside the "
-            "default. The command goes on with the variants that the file does not hold yet.",
-        )
-    )
     parts.append(
         _section(
             "Start",
@@ -91,6 +79,18 @@ def readme(text: str) -> str:
     return re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
 
 
+def performance(text: str) -> str:
+    """docs/performance.md with its tables made new."""
+    files = {kind: RESULTS / f"bench_{kind}.json" for kind in ("step", "memory", "scaling", "store", "capture")}
+    found = {kind: json.loads(path.read_text()) for kind, path in files.items() if path.is_file()}
+    for name in ("bars", *found):
+        table = bars_table(found) if name == "bars" else performance_table(name, found[name])
+        block = f"<!-- {name} -->\n{table}<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
 if __name__ == "__main__":
+    write_atomically(Path("docs/performance.md"), performance(Path("docs/performance.md").read_text(encoding="utf-8")))
     write_atomically(Path("docs/results.md"), page())
     write_atomically(Path("README.md"), readme(Path("README.md").read_text(encoding="utf-8")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -80,6 +81,51 @@ def test_sets_after_two_rounds_of_widening(logits, p, cap):
         patch.setattr(actions, "_WIDENING", 4)
         sets = top_p_sets(torch.from_numpy(logits), p, cap)
     assert_sets(sets, logits, p, cap, 1.0, SLACK_64)
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(13, 60)), P, CAP)
+def test_sets_found_through_maxima_of_blocks(logits, p, cap):
+    # Blocks of 4: up to 15 of them and a rest of up to 3 columns, searched for 3 values and, after widening, for 9.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actions, "_FIRST_WIDTH", 3)
+        patch.setattr(actions, "_WIDENING", 3)
+        patch.setattr(actions, "_BLOCK", 4)
+        sets = top_p_sets(torch.from_numpy(logits), p, cap)
+    assert_sets(sets, logits, p, cap, 1.0, SLACK_64)
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(20, 70)), st.integers(1, 12), st.integers(2, 5))
+def test_the_largest_values_of_a_row_are_those_of_a_full_sort(logits, width, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actions, "_BLOCK", block)
+        values, columns = actions._largest(torch.from_numpy(logits), width)
+    assert np.sort(values.numpy(), axis=1).tolist() == np.sort(logits, axis=1)[:, -width:].tolist()
+    assert np.take_along_axis(logits, columns.numpy(), 1).tolist() == values.tolist()
+    assert all(len(set(row)) == width for row in columns.tolist())
+
+
+def test_sets_of_a_vocabulary_that_blocks_do_not_divide():
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(4, 16 * 80 + 7)) * 3
+    logits[1, -3:] = 12.0  # three equal values among the columns that belong to no block
+    logits[2, [5, 85, 165]] = 14.0  # three in one block
+    sets = top_p_sets(torch.from_numpy(logits), 0.9)
+    assert_sets(sets, logits, 0.9, None, 1.0, SLACK_64)
+    assert sets.ids[sets.offsets[1] : sets.offsets[1] + 3].tolist() == [1284, 1285, 1286]
+    assert sets.ids[sets.offsets[2] : sets.offsets[2] + 3].tolist() == [5, 85, 165]
+
+
+@pytest.mark.parametrize("cap", [1, 16, 64])
+def test_a_row_that_the_cap_cuts_is_searched_once(cap, monkeypatch):
+    widths = []
+    search = actions._largest
+    monkeypatch.setattr(actions, "_largest", lambda values, width: widths.append(width) or search(values, width))
+    logits = np.random.default_rng(6).normal(size=(3, 2000)) * 0.1  # flat: 0.8 of the mass needs far more tokens
+    sets = top_p_sets(torch.from_numpy(logits), 0.8, cap)
+    assert np.diff(sets.offsets).tolist() == [cap] * 3
+    assert widths == [cap + 1]
 
 
 @PROPERTY
@@ -204,6 +250,20 @@ def test_samples_are_the_quantiles_of_the_projected_distribution():
     )
     for uniform, token in [(0.0, 7), (0.7499, 7), (0.7501, 2), (1 - 2**-53, 2)]:
         assert sample_from_sets(sets, np.array([uniform])).tolist() == [token]
+
+
+@PROPERTY
+@given(rows_of_logits(st.integers(1, 30)), P, CAP, st.data())
+def test_samples_of_many_states_are_those_of_each_state_alone(logits, p, cap, data):
+    sets = top_p_sets(torch.from_numpy(logits.astype(np.float32)), p, cap)
+    draws = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.25, 0.5, 1 - 2**-53])
+    uniforms = data.draw(st.lists(draws, min_size=len(sets), max_size=len(sets)))
+    drawn = sample_from_sets(sets, np.array(uniforms))
+    for row, uniform in enumerate(uniforms):
+        part = slice(sets.offsets[row], sets.offsets[row + 1])
+        masses = list(itertools.accumulate(np.exp(sets.log_probs[part].astype(np.float64)).tolist()))
+        beyond = [token for token, mass in zip(sets.ids[part], masses, strict=True) if mass > uniform * masses[-1]]
+        assert drawn[row] == (beyond[0] if beyond else sets.ids[part][-1])
 
 
 def test_sample_frequencies_follow_the_projected_probabilities():

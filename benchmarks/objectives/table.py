@@ -53,7 +53,8 @@ def comparison_section(path: Path) -> str:
             f"all of its variants go on from there for {second['max_steps']} steps of "
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
             "unless the row names another. Means over seeds with 95 % intervals (Student's t) where there are several; "
-            "the differences are paired by seed. Held-out prompts; divergences and losses in nats per token.",
+            "the differences are paired by seed. Held-out prompts unless a column says dev; divergences and losses in "
+            "nats per token.",
             "",
             f"Before the second phase: {start}.",
             "",
@@ -66,7 +67,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
     """One table per question; differences are paired by seed against the first row of the question."""
     rows = [row for row in content["rows"] if row["variant"] != "before"]
     columns = [name for name in COLUMNS if name in rows[0]["held_out"]]
-    head = ["", "seeds", *(COLUMNS[name] for name in columns), "KL less the first row's", "s per step"]
+    head = ["", "seeds", "dev: KL, set and tail", *(COLUMNS[name] for name in columns), "KL less the first row's"]
+    head.append("s per step")
     parts = []
     for title, names in QUESTIONS[content["scale"]].items():
         found = {name: _by_seed(rows, name) for name in names}
@@ -75,7 +77,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
         for name, mine in found.items():
             if not mine:
                 continue
-            cells = [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
+            cells = [_shown(np.array([row["dev"]["kl_set_tail"] for row in mine.values()]))]
+            cells += [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
             gaps = np.array([_kl(mine[seed]) - _kl(first[seed]) for seed in sorted(mine.keys() & first.keys())])
             gap = "–" if name == names[0] or not len(gaps) else _shown(gaps)
             seconds = np.median([row["step_with_rollouts_s"] for row in mine.values()])

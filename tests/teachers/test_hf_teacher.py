@@ -17,6 +17,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from tdistill.errors import TeacherLogitsError
+from tdistill.teachers import hf
 from tdistill.teachers.base import SamplingSettings
 from tdistill.teachers.hf import HFTeacher
 from tdistill.types import PromptTokens, Trajectory
@@ -266,6 +267,53 @@ def test_only_the_listed_end_tokens_end_an_answer(tiny_teacher_folder, tiny_toke
     assert passed, "some answer goes on after the token that is an end token no more"
 
 
+def test_rows_that_pad_the_vocabulary_stand_for_no_token(tiny_teacher, tiny_teacher_folder, prompts):
+    teacher = HFTeacher.from_pretrained(str(tiny_teacher_folder), dtype="float32")
+    num_tokens = len(teacher.tokenizer)
+    teacher.model.resize_token_embeddings(num_tokens + 8, mean_resizing=False)
+    teacher.model.lm_head.weight = nn.Parameter(teacher.model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        # In every state one of the two is far above all logits.
+        teacher.model.lm_head.weight[num_tokens] = 100 * teacher.model.lm_head.weight[:num_tokens].mean(0)
+        teacher.model.lm_head.weight[num_tokens + 1] = -teacher.model.lm_head.weight[num_tokens]
+    for settings in (support.TINY_SAMPLING, SamplingSettings(p_max=1.0, max_new_tokens=16)):
+        expected = generate(tiny_teacher, prompts, settings)
+        for one, two in zip(generate(teacher, prompts, settings), expected, strict=True):
+            assert one.response_ids.tolist() == two.response_ids.tolist()
+            np.testing.assert_array_equal(one.sets.ids, two.sets.ids)
+            np.testing.assert_allclose(one.sets.log_sum_exp, two.sets.log_sum_exp, atol=2e-5)
+
+
+def test_an_answer_that_has_ended_takes_no_part_any_more(tiny_teacher, prompts, monkeypatch):
+    # The rows whose sets are computed at a step are those of the answers that are not over yet.
+    num_rows = []
+    extract = hf._checked_sets
+    monkeypatch.setattr(
+        hf, "_checked_sets", lambda logits, *rest: num_rows.append(len(logits)) or extract(logits, *rest)
+    )
+    trajectories = tiny_teacher.generate([(prompt, 0) for prompt in prompts], support.TINY_SAMPLING)
+    num_states = [len(trajectory.sets) for trajectory in trajectories]
+    assert num_rows == [sum(num > step for num in num_states) for step in range(max(num_states))]
+    assert num_rows[0] > num_rows[-1]
+
+
+def test_decoding_takes_what_the_processor_leaves_until_all_rows_have_ended(tiny_teacher, prompts):
+    end = tiny_teacher.end_token_ids[-1]
+    wanted = torch.tensor([[30, 31, end, 7], [40, end, 41, 7]])
+    widths = []
+
+    def force(input_ids, scores):
+        widths.append(input_ids.shape[1])
+        return scores.scatter_(1, wanted[:, len(widths) - 1, None], torch.inf)
+
+    two = [prompts[0].prompt_ids, prompts[1].prompt_ids]
+    pad = tiny_teacher.tokenizer.pad_token_id
+    assert tiny_teacher.decode(two, force, 9).tolist() == [[30, 31, end], [40, end, pad]]
+    assert widths == [max(map(len, two)) + step for step in range(3)]
+    widths.clear()
+    assert tiny_teacher.decode(two, force, 2).tolist() == [[30, 31], [40, end]]
+
+
 # ---- score ----
 
 
@@ -310,6 +358,27 @@ def test_a_given_token_outside_its_set_is_added_at_the_end_and_not_counted(tiny_
             mass = np.exp(reference[row, ids[:own]]).sum()
             assert trajectory.sets.covered_mass[row] == pytest.approx(mass, abs=2e-5)
     assert added > 20
+
+
+def test_an_added_token_carries_its_own_log_probability(tiny_teacher, prompts):
+    # One answer of likely and unlikely tokens: sets of one action, so each other token is added.
+    settings = SamplingSettings(p_max=0.5, max_actions=1, max_new_tokens=8, temperature=2.0)
+    (likely,) = tiny_teacher.generate([(prompts[0], 0)], settings)
+    response = likely.response_ids[:6].copy()
+    response[[1, 4]] = [11, 12]
+    given = replace(prompts[0], response_ids=response, ends="truncated")
+    (trajectory,) = tiny_teacher.score([given], settings)
+    log_probs_RV, _ = log_probs_along(tiny_teacher, trajectory, settings.temperature)
+    num_added = 0
+    for row, (ids, log_probs) in enumerate(sets_of(trajectory)):
+        own = [int(log_probs_RV[row].argmax())]
+        if row < len(response) and response[row] != own[0]:
+            own.append(int(response[row]))
+            num_added += 1
+        assert ids.tolist() == own
+        np.testing.assert_allclose(log_probs, log_probs_RV[row, own], atol=2e-5)
+        assert trajectory.sets.covered_mass[row] == pytest.approx(np.exp(log_probs_RV[row, own[0]]), abs=2e-5)
+    assert num_added >= 2 and row == len(response)
 
 
 def test_scoring_at_p_of_one_lists_no_sets(tiny_teacher, tiny_prompt_files):

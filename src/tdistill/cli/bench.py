@@ -90,3 +90,43 @@ def scaling(
     from tdistill.bench.scaling import measure
 
     _report("scaling", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
+
+
+@bench.command()
+def store(
+    path: Annotated[Path, typer.Argument(help="Folder of a store below p_max = 1.", show_default=False)],
+    rounds: Rounds = 5,
+    large: Annotated[bool, typer.Option(help="Open synthetic stores of up to several gigabytes, too.")] = False,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a store: bytes per response token by p and cap, encodings, speed of reading, time to open."""
+    from tdistill.bench.store import measure
+
+    sizes = (1_000_000, 10_000_000, 100_000_000) if large else (100_000, 200_000, 400_000)
+    _report("store", lambda: measure(path, rounds=rounds, synthetic_response_tokens=sizes), output, as_json)
+
+
+@bench.command()
+def capture(
+    teacher: TeacherModel = TEACHER,
+    gguf_file: GGUFFile = GGUF_FILE,
+    prompts: Annotated[int, typer.Option(help="Packaged prompts to capture.")] = 96,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 32,
+    rounds: Rounds = 5,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time captures against plain generation of the same answers (10 minutes)."""
+    from tdistill.bench.capture import measure
+    from tdistill.bench.workload import MAX_ACTIONS, P_MAX, packaged_prompts
+    from tdistill.teachers.base import SamplingSettings
+    from tdistill.teachers.hf import HFTeacher
+
+    def run() -> dict[str, Any]:
+        loaded = HFTeacher.from_pretrained(**_teacher(teacher, gguf_file))
+        settings = SamplingSettings(P_MAX, MAX_ACTIONS, max_new_tokens=max_new_tokens, seed=0)
+        return measure(loaded, packaged_prompts(loaded, prompts, max_new_tokens), settings, batch_size, rounds)
+
+    _report("capture", run, output, as_json)

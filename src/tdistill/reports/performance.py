@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = tuple[str, float, str]
 """What is compared, the figure, and how to show it."""
@@ -65,8 +65,117 @@ def scaling_rows(c: dict[str, Any]) -> list[Row]:
     return [*rows, ("R² of a straight line", c["r_squared"], ".4f")]
 
 
+def store_rows(c: dict[str, Any]) -> list[Row]:
+    """Sizes and speeds of ``tdistill bench store``."""
+    own, reading = c["store"], c["reading"]
+    rows: list[Row] = [("actions of a set, mean", c["mean_set_size"], ".1f")]
+    rows.append((f"bytes per response token, {own['log_prob_bits']}-bit log-probabilities", own[_BYTES], ".1f"))
+    rows += [(f"p {r['p']:g}, cap {r['cap']}, {r['log_prob_bits']} bits: bytes per response token", r[_BYTES], ".1f")
+             for r in c["by_p_and_cap"]]  # fmt: skip
+    for bits, error in c["log_prob_error"].items():
+        rows.append((f"{bits} bits: largest error of a log-probability, nats", error["max_error_nats"], ".5f"))
+        rows.append((f"{bits} bits: mean KL of a set to the stored one, nats", error["mean_kl_of_set_nats"], ".2g"))
+    rows.append(("response tokens read per second, one core", reading["response_tokens_per_s"], ",.0f"))
+    for opened in c["opening"]:
+        label = f"{opened['response_tokens']:,} response tokens, {opened['store_bytes'] / 1e6:,.0f} MB"
+        rows.append((f"{label}: open, s", opened["open_s"], ".3f"))
+        rows.append((f"{label}: to the first batch, s", opened["first_batch_s"], ".2f"))
+        rows.append((f"{label}: memory above the start, MB",
+                     (opened["peak_rss_bytes"] - opened["start_rss_bytes"]) / 1e6, ",.0f"))  # fmt: skip
+    return rows
+
+
+def capture_rows(c: dict[str, Any]) -> list[Row]:
+    """Times and ratios of ``tdistill bench capture``."""
+    rows: list[Row] = [(f"`{name}`", value, ".2f") for name, value in c.items() if name.endswith("_s")]
+    rows += [(f"`{name}`", value, ".3f") for name, value in c.items() if "_per_" in name and not name.endswith("_s")]
+    rows.append(("share of decoded rows whose answer had ended", c["wasted_row_steps"], ".3f"))
+    return [*rows, ("R² of a straight line over the number of prompts", c["growth"]["r_squared"], ".4f")]
+
+
+_BYTES = "bytes_per_response_token"
 _ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "step": step_rows,
     "memory": memory_rows,
     "scaling": scaling_rows,
+    "store": store_rows,
+    "capture": capture_rows,
 }
+
+
+class Bar(NamedTuple):
+    """One line of the list of bars.
+
+    Attributes:
+        what: what is compared.
+        value: the figure.
+        limit: the bar.
+        least: whether the figure has to reach the bar, not to stay under it.
+    """
+
+    what: str
+    value: float
+    limit: float
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the bar is met."""
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+
+def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
+    """What is aimed at, and what was measured, from the contents of the JSON files by kind."""
+    lines: list[Bar] = []
+    if c := found.get("step"):
+        body, head = c["body_s"], c["head"]
+        for name, what, limit in (
+            ("bd_s", "bare", 1.08),
+            ("bd_default_s", "default", 1.20),
+            ("bd_uncapped_s", "bare, no cap", 1.12),
+        ):
+            lines.append(Bar(f"step / body, {what}", c[name] / body, limit))
+        lines.append(Bar("head alone / dense head, bare", head["candidates_s"] / head["dense_s"], 0.08))
+        lines.append(Bar("head alone / dense head, default", head["default_s"] / head["dense_s"], 0.25))
+        for limit, (size, whole) in zip((0.70, 0.40), c["with_optimiser"].items(), strict=True):
+            what = f"step with optimiser / SFT, default, {int(size):,} tokens"
+            lines.append(Bar(what, whole["bd_default_s"] / whole["sft_s"], limit))
+        if "trl_chunked_s" in c:
+            for name, what, limit in (("bd_s", "bare", 0.25), ("bd_default_s", "default", 0.28)):
+                lines.append(Bar(f"step / TRL chunked, live teacher, {what}", c[name] / c["trl_chunked_s"], limit))
+        small, large = (c["vocabulary"][size] for size in sorted(c["vocabulary"], key=int))
+        for name, what in (("bd_s", "bare"), ("bd_default_s", "default")):
+            growth = (large[name] - large["body_s"]) - (small[name] - small["body_s"])
+            lines.append(Bar(f"growth of step − body from 32k to 256k tokens / body, {what}", growth / body, 0.05))
+    if c := found.get("memory"):
+        for size, peak in c["vocabulary"].items():
+            for name, what in (("bd_bytes", "bare"), ("bd_default_bytes", "default")):
+                share = (peak[name] - peak["body_bytes"]) / (peak["sft_bytes"] - peak["body_bytes"])
+                lines.append(Bar(f"memory above the body / SFT's, {what}, {int(size):,} tokens", share, 0.3))
+        sizes = sorted(c["vocabulary"], key=int)
+        small, large = c["vocabulary"][sizes[0]], c["vocabulary"][sizes[-1]]
+        for name, what in (("bd_bytes", "bare"), ("bd_default_bytes", "default")):
+            ends = [peak[name] - peak["body_bytes"] for peak in (small, large)]
+            what = f"memory above the body, {what}: change from {int(sizes[0]):,} to {int(sizes[-1]):,} tokens"
+            lines.append(Bar(what, abs(ends[1] / ends[0] - 1), 0.05))
+    if c := found.get("store"):
+        lines.append(Bar("bytes per response token, p 0.8, cap 64", c["store"][_BYTES], 28))
+        speed = c["reading"]["response_tokens_per_s"]
+        lines.append(Bar("response tokens read per second, one core", speed, 200_000, least=True))
+        times = [row["open_s"] for row in c["opening"]]
+        lines.append(Bar("time to open: largest store / smallest", times[-1] / times[0], 2.0))
+    if c := found.get("capture"):
+        lines.append(Bar("capture / plain generate", c["capture_per_plain_generate"], 1.05))
+        lines.append(Bar("capture over prompts: R²", c["growth"]["r_squared"], 0.99, least=True))
+    if c := found.get("scaling"):
+        lines.append(Bar("step over tokens: R²", c["r_squared"], 0.99, least=True))
+    return lines
+
+
+def bars_table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of :func:`bars`."""
+    lines = ["| | bar | measured | met |", "|---|---:|---:|---|"]
+    for bar in bars(found):
+        sign = "≥" if bar.least else "≤"
+        lines.append(f"| {bar.what} | {sign} {bar.limit:,g} | {bar.value:,.4g} | {'yes' if bar.met else '**no**'} |")
+    return "\n".join(lines) + "\n"

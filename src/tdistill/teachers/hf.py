@@ -77,18 +77,31 @@ class HFTeacher:
             TeacherLogitsError: NaN or infinite logits; names the prompt.
         """
         recorder = _Recorder(requests, settings, self.end_token_ids, len(self.tokenizer))
-        prompts = [torch.as_tensor(prompt.prompt_ids, dtype=torch.long) for prompt, _ in requests]
-        pad = self.tokenizer.pad_token_id
-        self.model.generate(
-            input_ids=pad_sequence(prompts, True, pad, "left").to(self.model.device),
-            attention_mask=pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left").to(self.model.device),
-            # Greedy: the recorder has already drawn the token and leaves no other choice.
-            generation_config=GenerationConfig(
-                **{**self.model.generation_config.to_diff_dict(), "max_new_tokens": settings.max_new_tokens + 1}
-            ),
-            logits_processor=LogitsProcessorList([recorder]),
-        )
+        self.decode([prompt.prompt_ids for prompt, _ in requests], recorder, settings.max_new_tokens + 1)
         return recorder.trajectories()
+
+    @torch.inference_mode()
+    def decode(self, prompts_ids: Sequence[np.ndarray], processor: LogitsProcessor, num_steps: int) -> Tensor:
+        """Take the likeliest token each time after ``processor``, which may leave no choice, as one batch.
+
+        Args:
+            prompts_ids: int [P] each, padded on the left to one width.
+            processor: sees the raw logits of each step, float32 [B, V], and may write to them.
+            num_steps: most tokens per row; fewer if all rows have produced an end token.
+        Returns:
+            int64 [B, steps]; what follows the first end token of a row is padding.
+        """
+        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in prompts_ids]
+        input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id, "left").to(self.model.device)
+        decoded = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=pad_sequence([torch.ones_like(r) for r in rows], True, 0, "left").to(self.model.device),
+            generation_config=GenerationConfig(
+                **{**self.model.generation_config.to_diff_dict(), "max_new_tokens": num_steps}
+            ),
+            logits_processor=LogitsProcessorList([processor]),
+        )
+        return decoded[:, input_ids.shape[1] :]
 
     @torch.inference_mode()
     def score(self, requests: Sequence[PromptTokens], settings: SamplingSettings) -> list[Trajectory]:
@@ -152,45 +165,47 @@ class _Recorder(LogitsProcessor):
     ) -> None:
         self.requests, self.settings, self.end_ids = requests, settings, end_ids
         self.num_tokens = num_tokens  # further columns of the logits only pad the vocabulary
-        self.uniforms = [uniforms(settings, prompt.prompt_id, index) for prompt, index in requests]
-        self.taken: list[list[int]] = [[] for _ in requests]
-        self.sets: list[list[ActionSets]] = [[] for _ in requests]
-        self.alive = np.ones(len(requests), dtype=bool)
+        self.uniform_BT = np.stack([uniforms(settings, prompt.prompt_id, index) for prompt, index in requests])
+        self.taken_BT = np.zeros(self.uniform_BT.shape, dtype=np.int32)
+        self.alive = np.arange(len(requests))
+        self.steps: list[tuple[np.ndarray, ActionSets]] = []  # rows that were alive, and the set of each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        alive = np.flatnonzero(self.alive)
-        forced = torch.full((len(scores),), self.end_ids[0], dtype=torch.long)
-        if len(alive):
-            logits_NV = scores[torch.as_tensor(alive, device=scores.device), : self.num_tokens]
+        forced_B = np.full(len(scores), self.end_ids[0])
+        if len(alive := self.alive):
+            rows = scores if len(alive) == len(scores) else scores[torch.from_numpy(alive).to(scores.device)]
+            logits_NV = rows[:, : self.num_tokens]
             sets = _checked_sets(logits_NV, self.settings, [self.requests[int(b)][0] for b in alive])
-            for b, own in zip(alive, split(sets), strict=True):
-                self.sets[b].append(own)
-            step = len(self.taken[alive[0]])
+            step = len(self.steps)
+            self.steps.append((alive, sets))
             if step == self.settings.max_new_tokens:  # the state after the last token: recorded, not acted in
-                self.alive[:] = False
+                self.alive = alive[:0]
             else:
-                uniform_N = np.array([self.uniforms[b][step] for b in alive])
-                drawn = _draw(sets, logits_NV, uniform_N, self.settings)
-                for b, token in zip(alive, drawn, strict=True):
-                    self.taken[b].append(int(token))
-                    forced[b] = int(token)
-                    self.alive[b] = token not in self.end_ids
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, forced.to(scores.device)[:, None], 0.0)
+                drawn_N = _draw(sets, logits_NV, self.uniform_BT[alive, step], self.settings)
+                self.taken_BT[alive, step] = forced_B[alive] = drawn_N
+                self.alive = alive[~np.isin(drawn_N, self.end_ids)]
+        # In place: the scores are a copy that generation only searches for its largest entry.
+        return scores.scatter_(1, torch.from_numpy(forced_B).to(scores.device)[:, None], torch.inf)
 
     def trajectories(self) -> list[Trajectory]:
         """Assemble what was recorded, in the order of the requests."""
+        row_R = np.concatenate([alive for alive, _ in self.steps])
+        sets = _take(concatenate([sets for _, sets in self.steps]), np.argsort(row_R, kind="stable"))
+        num_states_B = np.bincount(row_R, minlength=len(self.requests))
+        limit = self.settings.max_new_tokens
         return [
             Trajectory(
                 prompt.prompt_id,
                 index,
                 prompt.prompt_ids,
-                np.array(taken, dtype=np.int32),
-                "terminal" if taken[-1] in self.end_ids else "truncated",
+                taken_T[: min(num_states, limit)].copy(),
+                "terminal" if taken_T[min(num_states, limit) - 1] in self.end_ids else "truncated",
                 "teacher",
-                concatenate(sets),
+                own,
             )
-            for (prompt, index), taken, sets in zip(self.requests, self.taken, self.sets, strict=True)
+            for (prompt, index), taken_T, num_states, own in zip(
+                self.requests, self.taken_BT, num_states_B, _split(sets, num_states_B), strict=True
+            )
         ]
 
 
@@ -210,24 +225,25 @@ def uniforms(settings: SamplingSettings, prompt_id: str, answer_index: int) -> n
 
 def _checked_sets(logits_NV: Tensor, settings: SamplingSettings, owners: Sequence[PromptTokens]) -> ActionSets:
     """Sets of the rows; empty ones at p_max = 1, where only mass and log-sum-exp are kept."""
-    lse_N = torch.logsumexp(logits_NV.float() / settings.temperature, -1)
-    bad = ~torch.isfinite(lse_N)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    if settings.p_max < 1.0:
+        sets = top_p_sets(logits_NV, settings.p_max, settings.max_actions, settings.temperature)
+    else:
+        num_rows = len(logits_NV)
+        sets = ActionSets(
+            offsets=np.zeros(num_rows + 1, dtype=np.int64),
+            ids=np.zeros(0, dtype=np.int32),
+            log_probs=np.zeros(0, dtype=np.float32),
+            covered_mass=np.ones(num_rows, dtype=np.float32),
+            log_sum_exp=torch.logsumexp(logits_NV.float() / settings.temperature, -1).cpu().numpy(),
+        )
+    bad_N = ~np.isfinite(sets.log_sum_exp)
+    if bad_N.any():
+        row = int(bad_N.argmax())
         raise TeacherLogitsError(
             f"The teacher gave NaN or infinite logits for prompt '{owners[row].prompt_id}' "
-            f"(log-sum-exp {float(lse_N[row])}). Load it in float32 or bfloat16, or leave that prompt out."
+            f"(log-sum-exp {float(sets.log_sum_exp[row])}). Load it in float32 or bfloat16, or leave that prompt out."
         )
-    if settings.p_max < 1.0:
-        return top_p_sets(logits_NV, settings.p_max, settings.max_actions, settings.temperature)
-    num_rows = len(logits_NV)
-    return ActionSets(
-        offsets=np.zeros(num_rows + 1, dtype=np.int64),
-        ids=np.zeros(0, dtype=np.int32),
-        log_probs=np.zeros(0, dtype=np.float32),
-        covered_mass=np.ones(num_rows, dtype=np.float32),
-        log_sum_exp=lse_N.cpu().numpy(),
-    )
+    return sets
 
 
 def _draw(sets: ActionSets, logits_NV: Tensor, uniform_N: np.ndarray, settings: SamplingSettings) -> np.ndarray:
@@ -240,32 +256,47 @@ def _draw(sets: ActionSets, logits_NV: Tensor, uniform_N: np.ndarray, settings: 
 
 
 def _with_taken(sets: ActionSets, taken: np.ndarray, logits_NV: Tensor, settings: SamplingSettings) -> ActionSets:
+    """Add each taken token that its set lacks, as the last slot; states beyond ``taken`` stay as they are."""
     if settings.p_max == 1.0:
         return sets
-    parts = []
-    for row, own in enumerate(split(sets)):
-        if row < len(taken) and taken[row] not in own.ids:
-            log_prob = float(logits_NV[row, int(taken[row])]) / settings.temperature - float(own.log_sum_exp[0])
-            own = ActionSets(
-                offsets=own.offsets + np.array([0, 1]),
-                ids=np.append(own.ids, np.int32(taken[row])),
-                log_probs=np.append(own.log_probs, np.float32(log_prob)),
-                covered_mass=own.covered_mass,
-                log_sum_exp=own.log_sum_exp,
-            )
-        parts.append(own)
-    return concatenate(parts)
+    row_M = np.repeat(np.arange(len(sets)), np.diff(sets.offsets))
+    absent_N = np.arange(len(sets)) < len(taken)
+    acted_in_M = absent_N[row_M]
+    absent_N[row_M[acted_in_M][sets.ids[acted_in_M] == taken[row_M[acted_in_M]]]] = False
+    rows = np.flatnonzero(absent_N)
+    index = (torch.from_numpy(rows).to(logits_NV.device), torch.from_numpy(taken[rows]).to(logits_NV.device))
+    log_prob = logits_NV[index].double().cpu().numpy() / settings.temperature - sets.log_sum_exp[rows].astype(float)
+    after = sets.offsets[rows + 1]
+    return replace(
+        sets,
+        offsets=sets.offsets + np.concatenate([[0], np.cumsum(absent_N)]),
+        ids=np.insert(sets.ids, after, taken[rows].astype(np.int32)),
+        log_probs=np.insert(sets.log_probs, after, log_prob.astype(np.float32)),
+    )
 
 
-def split(sets: ActionSets) -> Iterator[ActionSets]:
-    """One :class:`ActionSets` per state."""
-    for row, (start, stop) in enumerate(zip(sets.offsets[:-1], sets.offsets[1:], strict=True)):
+def _take(sets: ActionSets, rows: np.ndarray) -> ActionSets:
+    """The given states, in the given order."""
+    size_R = np.diff(sets.offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(size_R)]).astype(np.int64)
+    slot_M = np.arange(offsets[-1]) + np.repeat(sets.offsets[rows] - offsets[:-1], size_R)
+    return ActionSets(
+        offsets, sets.ids[slot_M], sets.log_probs[slot_M], sets.covered_mass[rows], sets.log_sum_exp[rows]
+    )
+
+
+def _split(sets: ActionSets, num_states: np.ndarray) -> Iterator[ActionSets]:
+    """Consecutive parts of so many states each."""
+    for stop, num in zip(np.cumsum(num_states), num_states, strict=True):
+        offsets = sets.offsets[stop - num : stop + 1]
+        slots = slice(offsets[0], offsets[-1])
+        rows = slice(stop - num, stop)
         yield ActionSets(
-            offsets=np.array([0, stop - start]),
-            ids=sets.ids[start:stop],
-            log_probs=sets.log_probs[start:stop],
-            covered_mass=sets.covered_mass[row : row + 1],
-            log_sum_exp=sets.log_sum_exp[row : row + 1],
+            offsets - offsets[0],
+            sets.ids[slots],
+            sets.log_probs[slots],
+            sets.covered_mass[rows],
+            sets.log_sum_exp[rows],
         )
 
 
