@@ -165,6 +165,26 @@ def test_answers_do_not_depend_on_the_batch_they_are_drawn_in(tiny_teacher, prom
         np.testing.assert_allclose(one.sets.log_sum_exp, other.sets.log_sum_exp, atol=2e-5)
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_taking_ended_rows_out_of_the_batch_saves_rows_and_changes_no_answer(
+    tiny_teacher, prompts, settings, monkeypatch
+):
+    settings, rows = replace(settings, max_new_tokens=48), []
+    handle = tiny_teacher.model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(output.logits)), with_kwargs=True
+    )
+    compacted = generate(tiny_teacher, prompts, settings)
+    num_compacted, rows[:] = sum(rows), []
+    monkeypatch.setattr(hf, "_COMPACT_BELOW", 0.0)
+    whole = generate(tiny_teacher, prompts, settings)
+    handle.remove()
+    assert num_compacted < sum(rows)
+    assert answers(compacted) == answers(whole)
+    for one, other in zip(compacted, whole, strict=True):
+        assert one.sets.offsets.tolist() == other.sets.offsets.tolist()
+        np.testing.assert_allclose(one.sets.log_sum_exp, other.sets.log_sum_exp, atol=2e-5)
+
+
 def test_a_longer_limit_only_continues_answers(tiny_teacher, prompts):
     short = generate(tiny_teacher, prompts, replace(support.TINY_SAMPLING, max_new_tokens=5))
     for trajectory, longer in zip(short, generate(tiny_teacher, prompts, support.TINY_SAMPLING), strict=True):

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tdistill.actions import sample_from_sets, top_p_sets
 from tdistill.errors import TeacherLogitsError
@@ -23,6 +30,8 @@ from tdistill.types import ActionSets, Trajectory
 
 # Elements of the largest block of logits in score mode, 16 Mi: 64 MiB in float32.
 _MAX_ELEMENTS = 2**24
+# Share of a batch's rows that must go on, or the ended ones are taken out of the batch and its cache.
+_COMPACT_BELOW = 0.75
 
 
 class HFTeacher:
@@ -77,7 +86,31 @@ class HFTeacher:
             TeacherLogitsError: NaN or infinite logits; names the prompt.
         """
         recorder = _Recorder(requests, settings, self.end_token_ids, len(self.tokenizer))
-        self.decode([prompt.prompt_ids for prompt, _ in requests], recorder, settings.max_new_tokens + 1)
+        rows = [torch.as_tensor(prompt.prompt_ids, dtype=torch.long) for prompt, _ in requests]
+        input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id, "left").to(self.model.device)
+        mask = pad_sequence([torch.ones_like(r) for r in rows], True, 0, "left").to(self.model.device)
+        cache: Any = None
+        while len(recorder.alive):
+            decoded = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    **{
+                        **self.model.generation_config.to_diff_dict(),
+                        "max_new_tokens": settings.max_new_tokens + 1 - len(recorder.steps),
+                        "return_dict_in_generate": True,
+                    }
+                ),
+                logits_processor=LogitsProcessorList([recorder]),
+                stopping_criteria=StoppingCriteriaList([_FewRowsLeft(recorder)]),
+            )
+            keep = torch.from_numpy(recorder.compact()).to(self.model.device)
+            if len(keep):
+                grown = (0, decoded.sequences.shape[1] - mask.shape[1])
+                input_ids, mask = decoded.sequences[keep], torch.nn.functional.pad(mask, grown, value=1)[keep]
+                cache = decoded.past_key_values
+                cache.batch_select_indices(keep)
         return recorder.trajectories()
 
     @torch.inference_mode()
@@ -167,13 +200,13 @@ class _Recorder(LogitsProcessor):
         self.num_tokens = num_tokens  # further columns of the logits only pad the vocabulary
         self.uniform_BT = np.stack([uniforms(settings, prompt.prompt_id, index) for prompt, index in requests])
         self.taken_BT = np.zeros(self.uniform_BT.shape, dtype=np.int32)
-        self.alive = np.arange(len(requests))
+        self.rows = self.alive = np.arange(len(requests))  # requests in the batch, and those that go on
         self.steps: list[tuple[np.ndarray, ActionSets]] = []  # rows that were alive, and the set of each
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced_B = np.full(len(scores), self.end_ids[0])
+        forced_B = np.full(len(self.requests), self.end_ids[0])
         if len(alive := self.alive):
-            rows = scores if len(alive) == len(scores) else scores[torch.from_numpy(alive).to(scores.device)]
+            rows = scores if len(alive) == len(scores) else scores[torch.from_numpy(self._places()).to(scores.device)]
             logits_NV = rows[:, : self.num_tokens]
             sets = _checked_sets(logits_NV, self.settings, [self.requests[int(b)][0] for b in alive])
             step = len(self.steps)
@@ -185,7 +218,16 @@ class _Recorder(LogitsProcessor):
                 self.taken_BT[alive, step] = forced_B[alive] = drawn_N
                 self.alive = alive[~np.isin(drawn_N, self.end_ids)]
         # In place: the scores are a copy that generation only searches for its largest entry.
-        return scores.scatter_(1, torch.from_numpy(forced_B).to(scores.device)[:, None], torch.inf)
+        return scores.scatter_(1, torch.from_numpy(forced_B[self.rows]).to(scores.device)[:, None], torch.inf)
+
+    def _places(self) -> np.ndarray:
+        return np.flatnonzero(np.isin(self.rows, self.alive))
+
+    def compact(self) -> np.ndarray:
+        """Forget the requests that have ended; the places in the batch of those that go on."""
+        places = self._places()
+        self.rows = self.rows[places]
+        return places
 
     def trajectories(self) -> list[Trajectory]:
         """Assemble what was recorded, in the order of the requests."""
@@ -207,6 +249,17 @@ class _Recorder(LogitsProcessor):
                 self.requests, self.taken_BT, num_states_B, _split(sets, num_states_B), strict=True
             )
         ]
+
+
+class _FewRowsLeft(StoppingCriteria):
+    """Stops the whole batch when too few of its rows go on."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        stop = len(self.recorder.alive) < _COMPACT_BELOW * len(self.recorder.rows)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
 
 
 def uniforms(settings: SamplingSettings, prompt_id: str, answer_index: int) -> np.ndarray:
