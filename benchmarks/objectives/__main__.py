@@ -102,6 +102,22 @@ def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[st
     }
 
 
+def step_times(setup: Setup) -> dict[str, float]:
+    """Seconds per step of every variant, rounds of rollouts included: a short run each, from the first seed's start.
+
+    Median over six steps; with rollouts the mean over as many steps as one round serves.
+    """
+    found = {}
+    for name, variant in VARIANTS[setup.name].items():
+        model = load_causal_lm(first_phase(setup, setup.seeds[0]), dtype="float32")
+        steps = setup.rollouts["every"] if variant.rollouts else 7  # the first warms up
+        args = {**setup.second_phase, **variant.args, "max_steps": steps}
+        _, times = train(setup, model, args, setup.seeds[0], variant.rollouts)
+        found[name] = times.mean_s if variant.rollouts else times.median_s
+        print(f"{name}: {found[name]:.2f} s per step", flush=True)
+    return found
+
+
 def as_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """JSON with one line per row."""
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -115,12 +131,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("TDISTILL_DATA"), help="default: TDISTILL_DATA")
     parser.add_argument("--work", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument(
+        "--times", action="store_true", help="only measure seconds per step again, nothing else running"
+    )
     options = parser.parse_args()
     if options.data is None:
         parser.error("give --data or set TDISTILL_DATA to the folder with train/, eval/ and models/")
     setup = (tiny if options.scale == "tiny" else real)(options.data, options.work)
     output = RESULTS / f"objectives_{setup.name}.json"
-    rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+    content = json.loads(output.read_text()) if output.is_file() else {"rows": []}
+    rows = content.pop("rows")
+    if options.times:
+        write_atomically(output, as_text({**content, "step_s": step_times(setup)}, rows))
+        return
     done = {(row["variant"], row["seed"]) for row in rows}
     for seed in setup.seeds:
         if ("before", seed) not in done:
@@ -131,7 +154,7 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             rows.append(run_variant(setup, name, variant, seed))
-            head = {"scale": setup.name, "facts": setup.facts, "first_phase": setup.first_phase,
+            head = {**content, "scale": setup.name, "facts": setup.facts, "first_phase": setup.first_phase,
                        "second_phase": setup.second_phase, "rollouts": setup.rollouts,
                        "environment": environment(), "threads": torch.get_num_threads()}  # fmt: skip
             write_atomically(output, as_text(head, rows))

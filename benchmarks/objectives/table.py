@@ -81,7 +81,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
             cells += [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
             gaps = np.array([_kl(mine[seed]) - _kl(first[seed]) for seed in sorted(mine.keys() & first.keys())])
             gap = "–" if name == names[0] or not len(gaps) else _shown(gaps)
-            seconds = np.median([row["step_with_rollouts_s"] for row in mine.values()])
+            taken = [row["step_with_rollouts_s"] for row in mine.values()]
+            seconds = content.get("step_s", {}).get(name, np.median(taken))
             lines.append("| " + " | ".join([name, str(len(mine)), *cells, gap, f"{seconds:.2f}"]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
