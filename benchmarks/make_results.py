@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tdistill.reports.load import read_results
-from tdistill.reports.performance import bars_table, performance_table
+from tdistill.reports.performance import bars_table, headline, performance_table
 from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
 
@@ -73,16 +73,25 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
 
 
 def readme(text: str) -> str:
-    """README.md with its table made new."""
+    """README.md with its tables made new."""
     table = markdown_table(read_results(RESULTS / "demo.json"))
     block = f"<!-- results -->\n`make demo`, from `{RESULTS}/demo.json`:\n\n{table}<!-- /results -->"
-    return re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
+    text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
+    costs = (
+        f"<!-- costs -->\n`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}<!-- /costs -->"
+    )
+    return re.sub(r"<!-- costs -->.*<!-- /costs -->", lambda _: costs, text, flags=re.DOTALL)
+
+
+def measurements() -> dict[str, Any]:
+    """Contents of the JSON files of ``tdistill bench``, by kind."""
+    files = {kind: RESULTS / f"bench_{kind}.json" for kind in ("step", "memory", "scaling", "store", "capture")}
+    return {kind: json.loads(path.read_text()) for kind, path in files.items() if path.is_file()}
 
 
 def performance(text: str) -> str:
     """docs/performance.md with its tables made new."""
-    files = {kind: RESULTS / f"bench_{kind}.json" for kind in ("step", "memory", "scaling", "store", "capture")}
-    found = {kind: json.loads(path.read_text()) for kind, path in files.items() if path.is_file()}
+    found = measurements()
     for name in ("bars", *found):
         table = bars_table(found) if name == "bars" else performance_table(name, found[name])
         block = f"<!-- {name} -->\n{table}<!-- /{name} -->"

@@ -128,7 +128,14 @@ def tiny(data: Path, work: Path) -> Setup:
             "output": str(work / "run"),
             "teacher": {"model": str(teacher), "dtype": "float32"},
             "data": {split: str(work / "prompts" / f"{split}.jsonl") for split in SPLITS} | {"template": "none"},
-            "capture": {"p_max": 0.99, "max_actions": None, "max_new_tokens": 64, "answers_per_prompt": 4},
+            "capture": {
+                "p_max": 0.99,
+                "max_actions": None,
+                "max_new_tokens": 64,
+                "answers_per_prompt": 4,
+                "shard_prompts": 64,
+                "log_prob_bits": 16,
+            },
             "student": {"layers": 2},
             "phases": {"sft": {"args": {"objective": "sft", "max_steps": 1}}},
         }
@@ -174,7 +181,14 @@ def real(data: Path, work: Path) -> Setup:
                 "dtype": "float32",
             },
             "data": {split: str(work / "prompts" / f"{split}.jsonl") for split in SPLITS},
-            "capture": {"p_max": 0.8, "max_actions": 64, "max_new_tokens": 48, "batch_size": 64},
+            "capture": {
+                "p_max": 0.8,
+                "max_actions": 64,
+                "max_new_tokens": 48,
+                "batch_size": 64,
+                "shard_prompts": 64,
+                "log_prob_bits": 16,
+            },
             "student": {"layers": 15},
             "phases": {"sft": {"args": {"objective": "sft", "max_steps": 1}}},
         }

@@ -131,7 +131,7 @@ class Run:
 
     def train(self) -> None:
         """Train every phase that is not trained yet. Needs the stores and the start; the teacher only for rollouts."""
-        stores = {split: Store.open(self.store_path(split)) for split in ("train", "dev")}
+        stores = {split: Store.open(self.store_path(split), verify=True) for split in ("train", "dev")}
         for name in self.recipe.phases:
             if (p := self.recipe.arguments(name, "unused").p) is not None and p > stores["train"].p_max:
                 raise ProbabilityRangeError(
@@ -152,7 +152,7 @@ class Run:
             self.say(f"reuses the results in {path}")
             return path
         started = time.perf_counter()
-        held_out, train = Store.open(self.store_path("held_out")), Store.open(self.store_path("train"))
+        held_out, train = (Store.open(self.store_path(split), verify=True) for split in ("held_out", "train"))
         for name in ("start", *self.recipe.phases):
             if not self.phase_path(name).is_dir():
                 raise ModelNotFoundError(
@@ -342,7 +342,7 @@ class Run:
         else:
             assert config.layers is not None
             teacher = teacher or self.load_teacher()
-            store = Store.open(self.store_path("train"))
+            store = Store.open(self.store_path("train"), verify=True)
             self._check_teacher(teacher, store)
             rows = [store[i] for i in range(min(config.calibration_answers, len(store)))]
             tokens = [np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64) for row in rows]

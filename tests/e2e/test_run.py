@@ -390,7 +390,7 @@ def test_capture_again_adds_the_prompts_that_were_added(finished: FinishedRun, t
     )
     assert tdistill("capture", recipe).code == 0
     before, start = contents(folder, "store/train/shard-*"), contents(folder, "start/*")
-    small = Store.open(folder / "store" / "train")
+    held = Store.open(folder / "store" / "train").jobs
 
     again = tdistill("capture", recipe)
     assert again.err.count("reused") == 3
@@ -398,10 +398,10 @@ def test_capture_again_adds_the_prompts_that_were_added(finished: FinishedRun, t
     grown = tdistill("capture", recipe)
     assert grown.code == 0
     store = Store.open(folder / "store" / "train")
-    assert (len(small), len(store)) == (20, 30)
+    assert (len(held), len(store)) == (20, 30)
     assert before.items() <= contents(folder, "store/train/shard-*").items()
     assert contents(folder, "start/*") == start
-    assert [store.jobs[i] for i in range(20)] == small.jobs
+    assert store.jobs[:20] == held
     # The added answers are those of a store captured at once, except for rounding in batches of other shape.
     whole = Store.open(finished.folder / "store" / "train")
     assert {prompt for prompt, _ in store.jobs} <= {prompt for prompt, _ in whole.jobs}

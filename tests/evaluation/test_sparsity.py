@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from references.sets import fewest_slots, losses_along, mass_of, size_at
 
@@ -58,7 +59,7 @@ def write_store(path: Path, trajectories: list[Trajectory], p_max: float, cap: i
         **facts,
     }
     path.mkdir()
-    jobs = [(t.prompt_id, t.answer_index, "cc") for t in trajectories]
+    jobs = [(t.prompt_id, t.answer_index, "cc" * 8) for t in trajectories]
     entry = write_shard(path, 0, trajectories, shard_header(identity, jobs, len(jobs)))
     write_manifest(path, identity, [entry])
     return Store.open(path)
@@ -115,22 +116,23 @@ def test_losses_and_bound_by_hand(two_answers: Store):
 
 def test_bytes_by_hand(two_answers: Store):
     study = sparsity_study(two_answers)
-    # A slot: id 4 + code 2. A state: size 4 + mass 4 + log-sum-exp 4. A token: 4.
-    # p = 0.6: 6 slots, 4 states, 3 tokens: (36 + 48 + 12) / 3. p = 0.9: 9 slots.
-    assert at(study["by_p"], p=0.6)["bytes_per_token"] == 32.0
-    assert at(study["by_p"], p=0.9)["bytes_per_token"] == 38.0
+    # A slot: id 4 + code 2. A state: size 4 + top 4 + last code 2 + mass 4 + log-sum-exp 4. A token: 4.
+    # p = 0.6: 6 slots, 4 states, 3 tokens: (36 + 72 + 12) / 3. p = 0.9: 9 slots.
+    assert at(study["by_p"], p=0.6)["bytes_per_token"] == 40.0
+    assert at(study["by_p"], p=0.9)["bytes_per_token"] == 46.0
     assert study["bytes"]["prompts_per_token"] == 2 * 3 * 4 / 3
-    files = sum(file.stat().st_size for file in two_answers.path.glob("*.parquet"))
+    files = sum(file.stat().st_size for file in two_answers.path.glob("shard-*.parquet"))
     assert study["bytes"]["on_disk_per_token"] == files / 3
 
 
 def test_bytes_are_those_of_the_uncompressed_columns(tiny_stores: dict[str, Store]):
     store = tiny_stores["train"]
     study = sparsity_study(store)
-    lists = ["response_ids", "set_sizes", "set_ids", "set_log_probs", "covered_mass", "log_sum_exp"]
+    states = ["set_sizes", "set_tops", "last_log_probs", "covered_mass", "log_sum_exp"]
+    lists = ["taken_slots", "set_ids", "set_log_probs", *states]
     num_bytes = 0
-    for number in range(len(store.manifest["shards"])):
-        table = store._read(number, None, lists)
+    for entry in store.manifest["shards"]:
+        table = pq.read_table(store.path / entry["file"], columns=lists)
         num_bytes += sum(chunk.flatten().nbytes for name in lists for chunk in table.column(name).chunks)
     own = at(study["by_p"], p=store.p_max)["bytes_per_token"]
     assert own == pytest.approx(num_bytes / store.total_response_tokens)
@@ -141,8 +143,8 @@ def test_eight_bits_make_a_slot_smaller(tmp_path: Path):
     store = write_store(tmp_path / "store", [answer("a", [5, 1], "terminal", {5: 0.95}, {1: 0.5, 4: 0.42})], 0.9, None,
                         log_prob_bits=8)  # fmt: skip
     study = sparsity_study(store)
-    assert at(study["by_p"], p=0.9)["bytes_per_token"] == (3 * 5 + 2 * 12 + 2 * 4) / 2
-    assert any("0.031 nats" in note for note in study["notes"])
+    assert at(study["by_p"], p=0.9)["bytes_per_token"] == (3 * 5 + 2 * 15 + 2 * 4) / 2
+    assert any("0.5 nats" in note for note in study["notes"])
 
 
 def test_caps_by_hand(two_answers: Store, monkeypatch: pytest.MonkeyPatch):
@@ -309,7 +311,7 @@ def test_a_store_without_sets_is_refused(tmp_path: Path):
 
 
 def test_numbers_outside_their_domain_are_refused_before_the_store_is_read(two_answers: Store):
-    for shard in two_answers.path.glob("*.parquet"):
+    for shard in two_answers.path.glob("shard-*.parquet"):
         shard.unlink()
     with pytest.raises(DomainError, match="gamma"):
         sparsity_study(two_answers, gamma=1.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,15 +124,40 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-def assert_same_trajectory(found: Trajectory, expected: Trajectory, log_prob_error: float, floor: float) -> None:
+def assert_same_trajectory(found: Trajectory, expected: Trajectory, bits: int) -> None:
+    """Equal but for the quantisation; among tokens of one code only the first has to be the teacher's."""
     for name in ("prompt_id", "answer_index", "ends", "source"):
         assert getattr(found, name) == getattr(expected, name)
     for name in ("prompt_ids", "response_ids"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    for name in ("offsets", "ids", "covered_mass", "log_sum_exp"):
-        np.testing.assert_array_equal(getattr(found.sets, name), getattr(expected.sets, name))
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+    for name in ("offsets", "ids", "log_probs", "covered_mass", "log_sum_exp"):
         assert getattr(found.sets, name).dtype == getattr(expected.sets, name).dtype
-    assert found.sets.log_probs.dtype == np.float32
-    exact = np.maximum(expected.sets.log_probs.astype(np.float64), floor)
-    assert len(found.sets.log_probs) == len(exact)
-    assert np.abs(found.sets.log_probs - exact).max(initial=0.0) <= log_prob_error
+    np.testing.assert_array_equal(found.sets.offsets, expected.sets.offsets)
+    np.testing.assert_allclose(found.sets.covered_mass, expected.sets.covered_mass, rtol=0, atol=MASS_ERROR[bits])
+    np.testing.assert_allclose(found.sets.log_sum_exp, expected.sets.log_sum_exp, rtol=0, atol=LSE_ERROR[bits])
+    for start, stop in itertools.pairwise(expected.sets.offsets):
+        ids, wanted_ids = found.sets.ids[start:stop], expected.sets.ids[start:stop]
+        assert ids[:1].tolist() == wanted_ids[:1].tolist()
+        assert sorted(ids) == sorted(wanted_ids)
+        log_probs = found.sets.log_probs[start:stop]
+        assert (np.diff(log_probs) <= 0).all()
+        by_id, wanted_by_id = np.argsort(ids), np.argsort(wanted_ids)
+        assert_near(log_probs[by_id], expected.sets.log_probs[start:stop][wanted_by_id], bits)
+
+
+def assert_near(found: np.ndarray, exact: np.ndarray, bits: int) -> None:
+    """Log-probabilities within the errors of docs/store-format.md: half a step of log p, or of √p where it is finer."""
+    exact = np.maximum(exact.astype(np.float64), FLOOR[bits])
+    error, room = np.abs(found - exact), 1e-6  # room for float32
+    if bits == 16:
+        assert (error <= 1 / 4096 + room).all()
+    else:
+        root_error = np.abs(np.exp(found / 2.0) - np.exp(exact / 2.0))
+        assert (np.where(exact > np.log(1 / 400), root_error <= 1 / 80 + room, error <= 0.5 + room)).all()
+
+
+# The smallest log-probability: code 255 is 217 steps of 1 nat below p = 1/400, and code 65535 is 65535 of 1/2048 nat.
+FLOOR = {8: np.log(1 / 400) - 217, 16: -65535 / 2048}
+MASS_ERROR = {8: 1 / 128 + 1e-6, 16: 0.0}
+LSE_ERROR = {8: 1 / 32 + 1e-6, 16: 0.0}

@@ -1,3 +1,5 @@
+import base64
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -6,22 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_fakes import END_TOKEN, SETTINGS, FakeTeacher, assert_same_trajectory, capture_fake, make_prompts
+from store_fakes import (
+    END_TOKEN,
+    SETTINGS,
+    FakeTeacher,
+    assert_near,
+    assert_same_trajectory,
+    capture_fake,
+    make_prompts,
+)
 from store_fakes import random_trajectory as build
 
 from tdistill.errors import StoreCorruptError, StoreError
 from tdistill.store import Store, verify_store
-from tdistill.store.schema import dequantise, quantise, store_identity
-from tdistill.store.write import shard_header, write_manifest, write_shard
+from tdistill.store.codes import (
+    Numbering,
+    PackedSets,
+    dequantise,
+    log_prob_bounds,
+    pack_sets,
+    quantise,
+    unpack_sets,
+)
+from tdistill.store.schema import store_identity
+from tdistill.store.write import read_rows, shard_header, write_manifest, write_shard
 from tdistill.types import ActionSets, Trajectory
-
-# Half a step and the largest code, from docs/store-format.md.
-ERROR = {8: 1 / 32, 16: 1 / 4096}
-FLOOR = {8: -255 / 16, 16: -65535 / 2048}
 
 
 def identity(bits: int = 16, p_max: float = 0.9, mode: str = "generate") -> dict:
@@ -73,7 +89,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, bits:
         store = write_store(path, written, identity(bits, p_max))
         assert len(store) == len(written)
         for found, expected in zip(store, written, strict=True):
-            assert_same_trajectory(found, expected, ERROR[bits], FLOOR[bits])
+            assert_same_trajectory(found, expected, bits)
         assert store.response_lengths.tolist() == [len(t.response_ids) for t in written]
         assert store.prompt_lengths.tolist() == [len(t.prompt_ids) for t in written]
         assert store.response_lengths.dtype == store.prompt_lengths.dtype == np.int64
@@ -106,7 +122,7 @@ def test_last_state_of_a_truncated_answer_may_be_missing(tmp_path: Path) -> None
         ),
     )
     store = write_store(tmp_path, [cut], identity())
-    assert_same_trajectory(store[0], cut, ERROR[16], FLOOR[16])
+    assert_same_trajectory(store[0], cut, 16)
     assert store.manifest["totals"]["positions"] == 3
 
 
@@ -132,16 +148,95 @@ def test_lists_are_left_out_at_p_max_1(tmp_path: Path) -> None:
 @given(st.lists(st.floats(max_value=0.0, width=32), min_size=1), st.sampled_from([8, 16]))
 def test_quantisation_error(log_probs: list[float], bits: int) -> None:
     exact = np.array(log_probs, dtype=np.float32)
-    found = dequantise(quantise(exact, bits), bits)
-    assert np.abs(found - np.maximum(exact.astype(np.float64), FLOOR[bits])).max() <= ERROR[bits]
+    assert_near(dequantise(quantise(exact, bits), bits), exact, bits)
+    low, high = log_prob_bounds(exact, bits)
+    assert ((low <= exact) & (exact <= high + 1e-12)).all()
 
 
 def test_quantised_values() -> None:
-    # −ln ½ = 0.693147 nats: · 2048 = 1419.57 and · 16 = 11.09; 1 nat lies on a step; 40 nats are clamped.
+    # −ln ½ = 0.693147 nats: · 2048 = 1419.57; 1 nat lies on a step; 40 nats are clamped.
     log_probs = np.array([0.0, np.log(0.5), -1.0, -40.0, -np.inf])
     assert quantise(log_probs, 16).tolist() == [0, 1420, 2048, 65535, 65535]
-    assert quantise(log_probs, 8).tolist() == [0, 11, 16, 255, 255]
     assert dequantise(np.array([0, 1420, 65535], dtype=np.uint16), 16).tolist() == [0.0, -0.693359375, -31.99951171875]
+    # 40 · (1 − √½) = 11.72; 40 · (1 − √e⁻¹) = 15.74; 1/400 is code 38 and each nat below it one more: 40 − 5.99 nats
+    # is 34.01 more.
+    assert quantise(log_probs, 8).tolist() == [0, 12, 16, 72, 255]
+    assert quantise(np.log(np.array([1.0, 0.25, 1 / 400, 1 / 400 / np.e])), 8).tolist() == [0, 20, 38, 39]
+    # Code 12 is p = (28/40)² and code 39 is one nat below 1/400.
+    np.testing.assert_allclose(
+        dequantise(np.array([0, 12, 38, 39], dtype=np.uint8), 8), [0, np.log(0.49), -np.log(400), -np.log(400) - 1]
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([8, 16]), st.integers(1, 12), st.integers(0, 20))
+def test_packed_sets_are_unpacked(seed: int, bits: int, num_states: int, num_common: int) -> None:
+    rng = np.random.default_rng(seed)
+    numbering = Numbering(rng.permutation(50)[:num_common], 50)
+    sizes = rng.integers(1, 12, num_states)
+    ids = np.concatenate([rng.permutation(50)[:size] for size in sizes])
+    # Few different codes, so that many are equal.
+    codes = np.concatenate([np.sort(rng.integers(0, 5, size)) for size in sizes]).astype(np.uint16)
+    offsets, found, found_codes = unpack_sets(pack_sets(sizes, ids, codes, numbering), numbering)
+    np.testing.assert_array_equal(found_codes, codes)
+    assert offsets.tolist() == [0, *np.cumsum(sizes)]
+    for start, stop in itertools.pairwise(offsets):
+        assert found[start] == ids[start]
+        assert set(zip(found[start:stop], codes[start:stop], strict=True)) == set(
+            zip(ids[start:stop], codes[start:stop], strict=True)
+        )
+
+
+def test_numbering_puts_common_ids_first() -> None:
+    ids = np.repeat([7, 3, 9, 4], [25, 40, 25, 2])
+    numbering = Numbering.of(ids, 11)
+    # 3 occurs most often, then 7 and 9, the lower one first; 4 is too rare; all others follow in order.
+    assert numbering.id_of_number.tolist() == [3, 7, 9, 0, 1, 2, 4, 5, 6, 8, 10]
+    assert numbering.numbers(np.array([9, 4, 3])).tolist() == [2, 6, 0]
+    assert Numbering.decode(numbering.encode(), 11).id_of_number.tolist() == numbering.id_of_number.tolist()
+    assert base64.b64decode(numbering.encode()) == bytes([3, 0, 7, 0, 9, 0])
+
+
+@pytest.mark.parametrize("text", ["AwAHAAk", "AwADAA==", "CwA=", "AwAH", "ä"])
+def test_list_of_common_ids_that_is_none(text: str) -> None:
+    """Cut, with a repeated id, with an id outside the vocabulary, of an odd length, and no base64."""
+    with pytest.raises(StoreCorruptError, match="common_ids"):
+        Numbering.decode(text, 11)
+
+
+def packed(**changes: object) -> PackedSets:
+    """Sets {4: code 1, 0: code 3} and {1: code 2}, with changes."""
+    whole = {
+        "sizes_R": [2, 1],
+        "gaps_M": [0, 3, 1],
+        "last_codes_R": np.array([3, 2], dtype=np.uint8),
+        "code_gaps_M": np.array([0, 2, 0], dtype=np.uint8),
+        "tops_R": [0, 0],
+    }
+    return PackedSets(**{name: np.asarray(value) for name, value in {**whole, **changes}.items()})
+
+
+def test_packed_sets_by_hand() -> None:
+    offsets, ids, codes = unpack_sets(packed(), Numbering(np.zeros(0), 10))
+    assert (offsets.tolist(), ids.tolist(), codes.tolist()) == ([0, 2, 3], [4, 0, 1], [1, 3, 2])
+
+
+MALFORMED_SETS = {
+    "empty set": ({"sizes_R": [3, 0]}, "set_sizes"),
+    "sizes": ({"sizes_R": [2, 2]}, "set_sizes add up to 4"),
+    "negative gap": ({"gaps_M": [0, -1, 1]}, "below 0"),
+    "vocabulary": ({"gaps_M": [0, 9, 1]}, "reach the number 10 of 10 ids"),
+    "code": ({"code_gaps_M": np.array([0, 4, 0], dtype=np.uint8)}, "above the largest code"),
+    "top outside": ({"tops_R": [0, 1]}, "set_tops"),
+    "top of another code": ({"tops_R": [1, 0]}, "set_tops"),
+    "negative top": ({"tops_R": [-1, 0]}, "set_tops"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MALFORMED_SETS.values(), ids=MALFORMED_SETS)
+def test_malformed_sets_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(StoreCorruptError, match=message):
+        unpack_sets(packed(**changes), Numbering(np.zeros(0), 10))
 
 
 def test_codes_of_equal_probabilities_do_not_fall(tmp_path: Path) -> None:
@@ -170,19 +265,23 @@ def test_negative_index_and_end(small_store: Path) -> None:
         store[2]
 
 
-def test_many_row_groups_in_one_shard(tmp_path: Path) -> None:
+def test_many_row_groups_in_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdistill.store.schema.ROW_GROUP_TOKENS", 170)
     capture_fake(tmp_path, make_prompts(150), shard_prompts=150, batch_size=50)
     store = Store.open(tmp_path)
     (entry,) = store.manifest["shards"]
-    assert pq.ParquetFile(tmp_path / entry["file"]).metadata.num_row_groups == 3
+    # 150 answers of 3 tokens on average, 170 tokens to a group.
+    num_groups = -(-150 // entry["row_group_rows"])
+    assert pq.ParquetFile(tmp_path / entry["file"]).metadata.num_row_groups == num_groups == 3
+    assert store.row_groups.tolist() == [row // entry["row_group_rows"] for row in range(150)]
     teacher = FakeTeacher()
     for index in (149, 0, 64, 63, 128, 127):
         (expected,) = teacher.generate([(make_prompts(150)[index], 0)], SETTINGS)
-        assert_same_trajectory(store[index], expected, ERROR[16], FLOOR[16])
+        assert_same_trajectory(store[index], expected, 16)
 
 
 def test_cache_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdistill.store.read._CACHE_BYTES", 1)
+    monkeypatch.setattr(Store, "cache_bytes", 1)
     capture_fake(tmp_path, make_prompts(6))
     store = Store.open(tmp_path)
     assert [store[i].prompt_id for i in (0, 5, 0)] == ["prompt-0", "prompt-5", "prompt-0"]
@@ -193,7 +292,8 @@ def test_pickled_store_reads_the_same(small_store: Path) -> None:
     store = Store.open(small_store)
     first = store[0]
     copy = pickle.loads(pickle.dumps(store))
-    assert_same_trajectory(copy[0], first, 0.0, -np.inf)
+    for name, value in vars(first.sets).items():
+        np.testing.assert_array_equal(getattr(copy[0].sets, name), value)
 
 
 def read_in_worker(store: Store, queue: "multiprocessing.Queue[list[int]]") -> None:
@@ -211,19 +311,31 @@ def test_forked_worker_reads_the_same(small_store: Path) -> None:
     worker.join()
 
 
-def test_lengths_do_not_need_the_sets(small_store: Path) -> None:
-    """Break the pages of the set columns: the lengths are still read, the trajectory is refused."""
+def test_lengths_and_jobs_do_not_need_the_shards(small_store: Path) -> None:
+    """Break a shard: opening, lengths and jobs do not notice, the trajectory is refused."""
     store = Store.open(small_store)
     expected = [len(t.response_ids) for t in store]
     file = small_store / store.manifest["shards"][0]["file"]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    store = Store.open(small_store)
+    assert store.response_lengths.tolist() == expected
+    assert store.jobs == [("prompt-0", 0), ("prompt-1", 0)]
+    with pytest.raises(StoreCorruptError, match=file.name):
+        store[0]
+
+
+def test_pages_carry_checksums(small_store: Path) -> None:
+    """A page that is damaged after its file was checked is refused too."""
+    store = Store.open(small_store, verify=True)
+    file = small_store / store.manifest["shards"][0]["file"]
     metadata = pq.ParquetFile(file).metadata.row_group(0)
-    column = next(c for c in map(metadata.column, range(11)) if c.path_in_schema.startswith("log_sum_exp"))
+    column = next(c for c in map(metadata.column, range(13)) if c.path_in_schema.startswith("log_sum_exp"))
     data = bytearray(file.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 3] ^= 1
     file.write_bytes(data)
-    store = Store.open(small_store, verify=False)
-    assert store.response_lengths.tolist() == expected
-    with pytest.raises(StoreCorruptError, match=file.name):
+    with pytest.raises(StoreCorruptError, match=f"{file.name}: expected a readable row group 0"):
         store[0]
 
 
@@ -277,8 +389,8 @@ def test_defective_trajectory_is_not_written(tmp_path: Path, field: str, change:
     assert list(tmp_path.iterdir()) == []
 
 
-# Codes cannot express a log-probability above 0 or one that is not a number.
-STORABLE_DEFECTS = {name: defect for name, defect in DEFECTS.items() if name not in ("above 0", "nan")}
+# A shard has no place for the others: numbers of a set rise, the token taken is a place in the set, and so on.
+STORABLE_DEFECTS = {name: DEFECTS[name] for name in ("prompt", "mass", "mass range", "lse")}
 
 
 @pytest.mark.parametrize(("field", "change", "message"), STORABLE_DEFECTS.values(), ids=STORABLE_DEFECTS)
@@ -287,7 +399,6 @@ def test_check_finds_what_another_program_wrote(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("tdistill.store.write.trajectory_problems", lambda *_: [])
-        patch.setattr("tdistill.store.write._codes", lambda sets, bits: quantise(sets.log_probs, bits))
         write_store(tmp_path, [defect(field, change)], identity())
     problems = verify_store(tmp_path)
     assert re.search(message, "\n".join(problems))
@@ -311,13 +422,25 @@ def test_check_compares_shards_with_the_manifest(tmp_path: Path) -> None:
     facts = identity()
     jobs = [("a", 0, "0" * 16), ("b", 0, "0" * 16)]
     entry = write_shard(tmp_path, 0, [first, second], shard_header(facts, jobs, 2))
-    wrong = {**entry, "jobs": [list(jobs[1]), list(jobs[0])], "action_slots": 7}
-    write_manifest(tmp_path, {**facts, "template": "other"}, [wrong])
+    other = {**facts, "template": "other", "teacher": {**facts["teacher"], "vocab_size": 60}}
+    write_manifest(tmp_path, other, [{**entry, "action_slots": 7, "batch_size": 3}])
     text = "\n".join(verify_store(tmp_path))
+    assert "its batch_size is 2, the manifest says 3" in text
+    assert "it numbers 50 ids of a vocabulary of 60" in text
     assert 'template: stored "plain", asked "other"' in text
-    assert "job list is not the manifest's" in text
-    assert "the row is answer 0 to 'a'" in text
     assert "6 action_slots, the manifest says 7" in text
+
+
+def test_check_compares_shards_with_the_index(tmp_path: Path) -> None:
+    first, second = defect("prompt_id", "a"), defect("prompt_id", "b")
+    facts = identity()
+    entry = write_shard(tmp_path, 0, [first, second], shard_header(facts, [("a", 0, "0" * 16), ("b", 0, "0" * 16)], 2))
+    rows = read_rows(tmp_path / entry["file"])
+    wrong = rows.set_column(3, rows.schema.field(3), pa.array([2, 3], type=pa.int32()))
+    write_manifest(tmp_path, facts, [entry], {entry["file"]: wrong.take([1, 0])})
+    text = "\n".join(verify_store(tmp_path))
+    assert "answer 0 to 'a': the index says prompt_id 'b', response_tokens 3" in text
+    assert "answer 0 to 'b': the index says prompt_id 'a'" in text
 
 
 def test_check_finds_repeated_answers_and_two_prompts_of_one_id(tmp_path: Path) -> None:

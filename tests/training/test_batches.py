@@ -101,3 +101,67 @@ def test_shuffled_lengths_do_not_come_in_order_of_size():
     assert 0.35 < np.mean(np.diff(means) > 0) < 0.65
     in_order = [np.mean([lengths[i] for i in batch]) for batch in sampler(lengths, 500, seed=None)]
     assert in_order == sorted(in_order)
+
+
+GROUP_ROWS = 10
+
+
+def windowed(num_rows: int, budget: int, window: int, seed: int | None = 0) -> TokenBudgetSampler:
+    lengths = np.random.default_rng(4).integers(1, 100, size=num_rows)
+    groups = np.arange(num_rows) // GROUP_ROWS
+    return TokenBudgetSampler(lengths, lengths + 20, budget, seed, row_groups=groups, window_row_groups=window)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(LENGTHS, st.integers(1, 400), st.one_of(st.none(), st.integers(0, 5)), st.integers(1, 7), st.integers(1, 5))
+def test_every_trajectory_once_whatever_the_windows(lengths, budget, seed, group_rows, window):
+    response = np.array(lengths)
+    groups = np.arange(len(lengths)) // group_rows
+    found = list(TokenBudgetSampler(response, response, budget, seed, row_groups=groups, window_row_groups=window))
+    assert all(found)
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert len(found) == len(TokenBudgetSampler(response, response, budget, seed))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_store_of_one_window_is_shuffled_as_if_it_had_no_row_groups(seed):
+    lengths = np.random.default_rng(4).integers(1, 100, size=200)
+    plain = list(TokenBudgetSampler(lengths, lengths + 20, 256, seed))
+    assert list(windowed(200, 256, window=20, seed=seed)) == plain
+    assert list(windowed(200, 256, window=10, seed=seed)) != plain
+
+
+def decoded(batches: TokenBudgetSampler, room: int) -> int:
+    """Row groups that are decoded in one epoch, when the ``room`` used last are kept."""
+    kept: list[int] = []
+    count = 0
+    for batch in batches:
+        for group in (row // GROUP_ROWS for row in batch):
+            count += group not in kept
+            kept = [*(other for other in kept if other != group), group][-room:]
+    return count
+
+
+def test_row_groups_are_decoded_about_once_per_epoch():
+    # 300 row groups, windows of 15, and room for twice as many, as the store keeps.
+    assert decoded(windowed(3000, 256, window=15), room=30) <= 1.1 * 300
+    # Shuffled as a whole, nearly every trajectory would need its row group decoded again.
+    assert decoded(windowed(3000, 256, window=300), room=30) > 5 * 300
+
+
+def test_windows_hold_other_row_groups_in_every_epoch():
+    batches = windowed(3000, 256, window=15)
+    firsts = []
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        rows = [row for batch in batches for row in batch][: 15 * GROUP_ROWS]
+        firsts.append({row // GROUP_ROWS for row in rows})
+        # Not neighbours: the window is drawn from the whole store.
+        assert max(firsts[-1]) - min(firsts[-1]) > 150
+    assert len(firsts[0] & firsts[1]) < 10
+
+
+def test_evaluation_goes_through_the_store_in_order_of_its_windows():
+    rows = [row for batch in windowed(3000, 256, window=15, seed=None) for row in batch]
+    windows = [row // GROUP_ROWS // 15 for row in rows]
+    assert windows == sorted(windows)

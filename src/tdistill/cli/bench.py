@@ -103,7 +103,7 @@ def store(
     """Measure a store: bytes per response token by p and cap, encodings, speed of reading, time to open."""
     from tdistill.bench.store import measure
 
-    sizes = (1_000_000, 10_000_000, 100_000_000) if large else (100_000, 200_000, 400_000)
+    sizes = (1_000_000, 10_000_000, 60_000_000) if large else (100_000, 200_000, 400_000)
     _report("store", lambda: measure(path, rounds=rounds, synthetic_response_tokens=sizes), output, as_json)
 
 

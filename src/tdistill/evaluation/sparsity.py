@@ -14,7 +14,8 @@ import pyarrow as pa
 from tdistill.actions import budget_sizes, check_budget, kappa, nested_sizes, prefix_mass, set_loss_nats
 from tdistill.errors import StoreError
 from tdistill.store import Store
-from tdistill.store.schema import arrow_schema, quantisation_error
+from tdistill.store.codes import quantisation_error
+from tdistill.store.schema import arrow_schema
 from tdistill.types import ActionSets, Trajectory
 
 _RANKS = (1, 2, 3, 5, 7, 10, 20, 50)
@@ -159,8 +160,10 @@ class _Sample:
             rank_S=np.concatenate([_taken_ranks(t, own) for t, own in zip(trajectories, sets, strict=True)]),
             widths={
                 "per_action_slot": width["set_ids"] + width["set_log_probs"],
-                "per_state": width["set_sizes"] + width["covered_mass"] + width["log_sum_exp"],
-                "per_response_token": width["response_ids"],
+                "per_state": sum(
+                    width[name] for name in ("set_sizes", "set_tops", "last_log_probs", "covered_mass", "log_sum_exp")
+                ),
+                "per_response_token": width["taken_slots"],
             },
             prompt_bytes_per_token=width["prompt_ids"] * num_prompt_tokens / num_response_tokens,
             truncated_share=float(np.mean([t.ends == "truncated" for t in trajectories])),

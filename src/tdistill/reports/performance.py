@@ -159,7 +159,9 @@ def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
             what = f"memory above the body, {what}: change from {int(sizes[0]):,} to {int(sizes[-1]):,} tokens"
             lines.append(Bar(what, abs(ends[1] / ends[0] - 1), 0.05))
     if c := found.get("store"):
-        lines.append(Bar("bytes per response token, p 0.8, cap 64", c["store"][_BYTES], 28))
+        for row in c["by_p_and_cap"]:
+            if (row["p"], row["cap"], row["log_prob_bits"]) == (0.8, 64, 8):
+                lines.append(Bar("bytes per response token, p 0.8, cap 64, 8 bits, one shard", row[_BYTES], 28))
         speed = c["reading"]["response_tokens_per_s"]
         lines.append(Bar("response tokens read per second, one core", speed, 200_000, least=True))
         times = [row["open_s"] for row in c["opening"]]
@@ -179,3 +181,10 @@ def bars_table(found: dict[str, dict[str, Any]]) -> str:
         sign = "≥" if bar.least else "≤"
         lines.append(f"| {bar.what} | {sign} {bar.limit:,g} | {bar.value:,.4g} | {'yes' if bar.met else '**no**'} |")
     return "\n".join(lines) + "\n"
+
+
+def headline(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of what the default recipe costs, for the README."""
+    shown = [bar for bar in bars(found) if "default" in bar.what and (" / SFT" in bar.what or "TRL" in bar.what)]
+    lines = ["| the default recipe | ratio |", "|---|---:|"]
+    return "\n".join([*lines, *(f"| {bar.what.replace(', default', '')} | {bar.value:.2f} |" for bar in shown)]) + "\n"

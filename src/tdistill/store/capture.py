@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from tdistill.actions import check_p
@@ -22,9 +23,11 @@ from tdistill.errors import (
     StoreIdentityError,
 )
 from tdistill.store import schema
-from tdistill.store.read import Store, open_shard, read_header
+from tdistill.store.codes import check_log_prob_bits
+from tdistill.store.read import Store, open_shard, read_header, read_jobs
 from tdistill.store.write import (
-    COUNTED,
+    counted_columns,
+    remove_other_indices,
     shard_bytes,
     shard_entry,
     shard_header,
@@ -39,10 +42,10 @@ Mode = Literal["generate", "score"]
 Say = Callable[[str], None]
 
 # Only for the guess before the first batch: mean set size at p = 0.95 with a cap of 64, and bytes per action and
-# per position after compression.
+# per position after compression, with 16-bit log-probabilities.
 _GUESSED_ACTIONS = 32
-_GUESSED_BYTES_PER_ACTION = 4
-_GUESSED_BYTES_PER_POSITION = 12
+_GUESSED_BYTES_PER_ACTION = 3
+_GUESSED_BYTES_PER_POSITION = 10
 
 
 class Job(NamedTuple):
@@ -87,13 +90,13 @@ def capture(
         answers_per_prompt: answers to sample per prompt; 1 when scoring.
         batch_size: answers that the teacher is asked for at once.
         shard_prompts: prompts per shard; after a kill at most one shard is captured again.
-        log_prob_bits: 16 (error 1/4096 nats) or 8 (error 1/32 nats).
+        log_prob_bits: 16 (error 1/4096 nats) or 8 (error 1/80 in √p).
         tokenizer_sha256: names the tokenizer.
         template: names the prompt template, any JSON value.
         progress: report the work on the standard error stream.
     Raises:
         StoreIdentityError: the folder holds trajectories of another identity, or other tokens under the same id.
-        StoreCorruptError: a shard of the manifest is damaged or missing.
+        StoreCorruptError: a shard of the manifest is missing, or damaged where it is read.
         NoSpaceError: the disk has too little room.
         ConfigError, EmptyPromptSetError, DataFileError: what is asked for makes no sense.
         TeacherLogitsError: see :class:`~tdistill.teachers.base.Teacher`.
@@ -112,7 +115,7 @@ def capture(
         if value < 1:
             raise ConfigError(f"{name} = {value} is not positive. Use 1 or more.")
     check_p(settings.p_max, "p_max")
-    schema.check_log_prob_bits(log_prob_bits)
+    check_log_prob_bits(log_prob_bits)
     jobs = _jobs(teacher, prompts, mode, answers_per_prompt)
     identity = schema.store_identity(
         teacher.identity,
@@ -126,7 +129,7 @@ def capture(
 
     path.mkdir(parents=True, exist_ok=True)
     _remove_temporaries(path)
-    listed = _listed_entries(path, identity)
+    listed, rows = _listed_entries(path, identity)
     entries = listed + _unlisted_entries(path, identity, listed, say)
     held = _held(path, entries)
     digests = {prompt_id: digest for (prompt_id, _), digest in held.items()}
@@ -139,7 +142,7 @@ def capture(
     missing = [job for job in jobs if job.key not in held]
     if not missing and len(entries) == len(listed):
         say(f"reused: {path} holds all {len(jobs):,} answers")
-        return Store.open(path, verify=False)
+        return Store.open(path)
 
     used = {schema.shard_number(entry["file"]) for entry in entries}
     numbers = (number for number in range(len(used) + len(missing)) if number not in used)
@@ -148,8 +151,8 @@ def capture(
             header = shard_header(identity, [(*job.key, job.digest) for job in shard_jobs], batch_size)
             trajectories = _ask(teacher, shard_jobs, settings, mode, header, watch)
             entries.append(write_shard(path, number, trajectories, header))
-    write_manifest(path, identity, entries)
-    return Store.open(path, verify=False)
+    write_manifest(path, identity, entries, rows)
+    return Store.open(path)
 
 
 def _jobs(teacher: Teacher, prompts: Sequence[PromptTokens], mode: Mode, answers_per_prompt: int) -> list[Job]:
@@ -176,20 +179,26 @@ def _jobs(teacher: Teacher, prompts: Sequence[PromptTokens], mode: Mode, answers
 
 
 def _remove_temporaries(path: Path) -> None:
-    """Remove what a killed capture was writing."""
+    """Remove what a killed capture was writing, and indices that no manifest names."""
     for file in path.glob(f"*{schema.TEMPORARY_SUFFIX}"):
         name = file.name.removesuffix(schema.TEMPORARY_SUFFIX)
-        if name == schema.MANIFEST or schema.SHARD_NAME.fullmatch(name):
+        if name == schema.MANIFEST or schema.SHARD_NAME.fullmatch(name) or schema.INDEX_NAME.fullmatch(name):
             file.unlink()
+    named = schema.read_manifest(path)["index"]["file"] if (path / schema.MANIFEST).exists() else None
+    remove_other_indices(path, named)
 
 
-def _listed_entries(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries of the manifest, if there is one."""
+def _listed_entries(path: Path, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, pa.Table]]:
+    """Entries of the manifest, if there is one, and the rows of the index for each of its shards."""
     if not (path / schema.MANIFEST).exists():
-        return []
-    store = Store.open(path, verify=False)
+        return [], {}
+    store = Store.open(path)
     _check_identity(path / schema.MANIFEST, store.identity, identity)
-    return store.manifest["shards"]
+    rows, index, first = {}, store.index(), 0
+    for entry in store.manifest["shards"]:
+        rows[entry["file"]] = index.slice(first, entry["rows"])
+        first += entry["rows"]
+    return store.manifest["shards"], rows
 
 
 def _unlisted_entries(
@@ -209,7 +218,7 @@ def _unlisted_entries(
         with open_shard(file) as shard:
             header = read_header(shard, str(file))
             _check_identity(file, header["identity"], identity)
-            table = shard.read(columns=list(COUNTED.values()))
+            table = shard.read(columns=list(counted_columns(identity).values()))
         say(f"{file.name} is whole and is kept")
         entries.append(shard_entry(file.name, sha256, file.stat().st_size, header, table))
     return entries
@@ -228,7 +237,7 @@ def _held(path: Path, entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int]
     """Answers in shards, with the digests of their requests."""
     held: dict[tuple[str, int], str] = {}
     for entry in entries:
-        for prompt_id, answer_index, digest in entry["jobs"]:
+        for prompt_id, answer_index, digest in _jobs_of(path / entry["file"]):
             if (prompt_id, answer_index) in held:
                 raise StoreCorruptError(
                     f"{path / entry['file']}: repeats answer {answer_index} to prompt {prompt_id!r} of another shard. "
@@ -236,6 +245,16 @@ def _held(path: Path, entries: Iterable[dict[str, Any]]) -> dict[tuple[str, int]
                 )
             held[prompt_id, answer_index] = digest
     return held
+
+
+def _jobs_of(file: Path) -> list[tuple[str, int, str]]:
+    try:
+        return read_jobs(file)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreCorruptError(
+            f"{file}: expected readable jobs, found: {error}. Restore the file, or delete {schema.MANIFEST} and run "
+            "capture again: whole shards are kept and this one is made again."
+        ) from error
 
 
 def _chunks(jobs: Sequence[Job], num_prompts: int) -> Iterator[list[Job]]:
@@ -342,7 +361,8 @@ class _Progress:
         self.bar.update(tokens)
         if not self.measured:
             self.measured = True
-            self._measure(tokens, len(shard_bytes(shard_table(answers, header), header["row_group_rows"])))
+            table, complete = shard_table(answers, header)
+            self._measure(tokens, len(shard_bytes(table, complete["row_group_rows"])))
 
     def _measure(self, tokens: int, num_bytes: int) -> None:
         seconds_per_token = (time.perf_counter() - self.started) / tokens

@@ -1,4 +1,4 @@
-"""What a store consists of, byte for byte: columns, quantisation, identity and the sealed manifest."""
+"""What a store consists of, byte for byte: columns, identity and the sealed manifest."""
 
 from __future__ import annotations
 
@@ -11,79 +11,68 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tdistill.errors import ConfigError, StoreCorruptError, StoreError, StoreIncompleteError
+from tdistill.errors import StoreCorruptError, StoreError, StoreIncompleteError
+from tdistill.store.codes import check_log_prob_bits
 from tdistill.teachers.base import PromptTokens, SamplingSettings
 
 FORMAT = "tdistill-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 HEADER_KEY = b"tdistill"
 TEMPORARY_SUFFIX = ".tmp"
-ROW_GROUP_ROWS = 64
+# A row group is decoded whole to read one of its rows, and compresses the better the longer it is.
+ROW_GROUP_TOKENS = 16384
+DIGEST_BYTES = 8
 
 SHARD_NAME = re.compile(r"shard-(\d{5,})-([0-9a-f]{16})\.parquet")
-
-# Quantisation steps per nat. Powers of two, so that the only error is the rounding of the code itself.
-_STEPS_PER_NAT = {8: 16, 16: 2048}
+INDEX_NAME = re.compile(r"index-([0-9a-f]{16})\.parquet")
 
 
 def _ragged(element: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", element, nullable=False))
 
 
-def arrow_schema(log_prob_bits: int) -> pa.Schema:
-    """Columns of a shard; one row is one trajectory."""
+def arrow_schema(log_prob_bits: int, has_lists: bool = True) -> pa.Schema:
+    """Columns of a shard; one row is one trajectory.
+
+    Args:
+        log_prob_bits: 8 or 16.
+        has_lists: whether action sets are stored, that is p_max below 1.
+    """
     check_log_prob_bits(log_prob_bits)
+    code = pa.uint8() if log_prob_bits == 8 else pa.uint16()
     columns = {
         "prompt_id": pa.string(),
         "answer_index": pa.int32(),
-        "ends": pa.string(),
-        "source": pa.string(),
+        "digest": pa.binary(DIGEST_BYTES),
+        "terminal": pa.bool_(),
         "prompt_ids": _ragged(pa.int32()),
-        "response_ids": _ragged(pa.int32()),
-        "set_sizes": _ragged(pa.int32()),
-        "set_ids": _ragged(pa.int32()),
-        "set_log_probs": _ragged(pa.uint8() if log_prob_bits == 8 else pa.uint16()),
-        "covered_mass": _ragged(pa.float32()),
-        "log_sum_exp": _ragged(pa.float32()),
     }
+    if has_lists:
+        columns |= {
+            "taken_slots": _ragged(pa.int32()),
+            "set_sizes": _ragged(pa.int32()),
+            "set_tops": _ragged(pa.int32()),
+            "set_ids": _ragged(pa.int32()),
+            "set_log_probs": _ragged(code),
+            "last_log_probs": _ragged(code),
+            "covered_mass": _ragged(pa.int16() if log_prob_bits == 8 else pa.float32()),
+        }
+    else:
+        columns["response_ids"] = _ragged(pa.int32())
+    columns["log_sum_exp"] = _ragged(pa.int32() if log_prob_bits == 8 else pa.float32())
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def check_log_prob_bits(bits: int) -> None:
-    """Raise ConfigError unless log-probabilities can be kept in so many bits."""
-    if bits not in _STEPS_PER_NAT:
-        raise ConfigError(f"log_prob_bits = {bits} is not supported. Use 16 (error 1/4096 nats) or 8 (1/32 nats).")
-
-
-def quantisation_error(bits: int) -> float:
-    """Largest error of a stored log-probability above :func:`quantisation_floor`, nats: half a step."""
-    return 0.5 / _STEPS_PER_NAT[bits]
-
-
-def quantisation_floor(bits: int) -> float:
-    """Smallest log-probability that can be stored, nats. Anything below it is stored as this value."""
-    return -(2**bits - 1) / _STEPS_PER_NAT[bits]
-
-
-def quantise(log_probs: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned fixed point of −log p: code = min(round(−log p · s), 2^bits − 1), s = 2048 (16 bit) or 16 (8 bit).
-
-    Args:
-        log_probs: float [M], nats, at most 0; ``-inf`` is allowed.
-        bits: 8 or 16.
-    Returns:
-        uint8 or uint16 [M].
-    """
-    check_log_prob_bits(bits)
-    codes = np.clip(np.rint(-log_probs.astype(np.float64) * _STEPS_PER_NAT[bits]), 0, 2**bits - 1)
-    return codes.astype(np.uint8 if bits == 8 else np.uint16)
-
-
-def dequantise(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Log-probabilities of the codes, float32 [M], nats."""
-    check_log_prob_bits(bits)
-    return codes.astype(np.float32) / np.float32(-_STEPS_PER_NAT[bits]) + np.float32(0)  # + 0 turns -0 into 0
+def index_schema() -> pa.Schema:
+    """Columns of the index; one row is one trajectory, in the order of the store."""
+    columns = {
+        "prompt_id": pa.string(),
+        "answer_index": pa.int32(),
+        "prompt_tokens": pa.int32(),
+        "response_tokens": pa.int32(),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def request_digest(prompt: PromptTokens, mode: str) -> str:
@@ -218,6 +207,11 @@ def shard_number(name: str) -> int:
     match = SHARD_NAME.fullmatch(name)
     assert match is not None, name
     return int(match[1])
+
+
+def index_files(path: Path) -> list[Path]:
+    """Files in folder ``path`` that are named like an index."""
+    return [file for file in path.iterdir() if INDEX_NAME.fullmatch(file.name)]
 
 
 def file_sha256(path: Path) -> str:

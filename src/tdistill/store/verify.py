@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tdistill.errors import StoreCorruptError
-from tdistill.store import schema
-from tdistill.store.read import Store, open_shard, read_header
+from tdistill.store import codes, schema
+from tdistill.store.read import Store, open_shard, read_header, read_jobs
 from tdistill.types import Trajectory
 
 # Room for float32 arithmetic of the teacher. Below the step of 16 bits, so a rise of one stored code is noticed.
@@ -101,17 +101,16 @@ def _set_problems(trajectory: Trajectory, sizes: np.ndarray, identity: dict[str,
         where = int(np.argmax(taken))
         problems.append(f"the taken token {trajectory.response_ids[where]} is not in the set of state {where}")
 
-    # Mass that the list can stand for: each factor is off by half a step, a clamped one is anything below the floor.
-    mass_M = np.exp(log_probs)
-    clamped_M = np.where(log_probs <= schema.quantisation_floor(bits), mass_M, 0.0)
-    mass, clamped = np.add.reduceat(mass_M, sets.offsets[:-1]), np.add.reduceat(clamped_M, sets.offsets[:-1])
-    factor = np.exp(schema.quantisation_error(bits))
-    without_last = mass - mass_M[sets.offsets[1:] - 1]
+    # Mass that the list can stand for: every log-probability that has the same code.
+    low_M, high_M = (np.exp(bound) for bound in codes.log_prob_bounds(log_probs, bits))
+    mass = np.add.reduceat(np.exp(log_probs), sets.offsets[:-1])
+    low, high = (np.add.reduceat(bound, sets.offsets[:-1]) for bound in (low_M, high_M))
     # A taken token that was added to the set of a given answer stands last and is not counted.
     added = np.zeros(num_states, dtype=bool)
     added[:num_tokens] = given & (sets.ids[sets.offsets[1 : num_tokens + 1] - 1] == trajectory.response_ids)
-    low = np.where(added, without_last, mass) / factor - clamped - _ROUNDING
-    outside = (sets.covered_mass < low) | (sets.covered_mass > mass * factor + _ROUNDING)
+    low = low - np.where(added, low_M[sets.offsets[1:] - 1], 0.0)
+    room = _ROUNDING + codes.mass_error(bits)
+    outside = (sets.covered_mass < low - room) | (sets.covered_mass > high + room)
     if outside.any():
         where = int(np.argmax(outside))
         problems.append(f"state {where} records the mass {sets.covered_mass[where]}, its list has {mass[where]:.6f}")
@@ -128,15 +127,27 @@ def verify_store(path: str | Path) -> list[str]:
     problems: list[str] = []
     try:
         store, row = Store.open(path, verify=True), 0
+        index = store.index()
+        if not index.schema.equals(schema.index_schema()):
+            return [f"{store.manifest['index']['file']}: the columns are {index.schema.names}, or have other types"]
         for entry in store.manifest["shards"]:
             with open_shard(store.path / entry["file"]) as shard:
                 problems += _shard_problems(shard, entry, store)
+            rows = index.slice(row, entry["rows"]).to_pylist()
             counts = np.zeros(3, dtype=np.int64)
-            for prompt_id, answer_index, _ in entry["jobs"]:
-                trajectory, place = store[row], f"{entry['file']}, answer {answer_index} to {prompt_id!r}"
+            for facts in rows:
+                trajectory = store[row]
+                place = f"{entry['file']}, answer {trajectory.answer_index} to {trajectory.prompt_id!r}"
                 problems += [f"{place}: {problem}" for problem in trajectory_problems(trajectory, store.identity)]
-                if (trajectory.prompt_id, trajectory.answer_index) != (prompt_id, answer_index):
-                    problems.append(f"{place}: the row is answer {trajectory.answer_index} to {trajectory.prompt_id!r}")
+                found = {
+                    "prompt_id": trajectory.prompt_id,
+                    "answer_index": trajectory.answer_index,
+                    "prompt_tokens": len(trajectory.prompt_ids),
+                    "response_tokens": len(trajectory.response_ids),
+                }
+                if found != facts:
+                    lines = [f"{name} {facts[name]!r}" for name in found if found[name] != facts[name]]
+                    problems.append(f"{place}: the index says {', '.join(lines)}")
                 counts += [len(trajectory.response_ids), len(trajectory.sets), len(trajectory.sets.ids)]
                 row += 1
             for name, count in zip(("response_tokens", "positions", "action_slots"), counts, strict=True):
@@ -146,19 +157,29 @@ def verify_store(path: str | Path) -> list[str]:
         return [*problems, str(error)]
     problems += _job_problems(store)
     for name, total in store.manifest["totals"].items():
-        if name != "prompts" and total != sum(entry[name] for entry in store.manifest["shards"]):
-            problems.append(f"manifest: total {name} is {total}, which is not the sum over the shards")
+        if name == "prompts":
+            expected = len(set(index.column("prompt_id").to_pylist()))
+        else:
+            expected = sum(entry[name] for entry in store.manifest["shards"])
+        if total != expected:
+            problems.append(f"manifest: total {name} is {total}, which is not the sum over the shards, {expected}")
     return problems
 
 
 def _shard_problems(shard: Any, entry: dict[str, Any], store: Store) -> list[str]:
-    name = entry["file"]
+    name, bits, has_lists = entry["file"], store.identity["log_prob_bits"], store.p_max < 1.0
     header = read_header(shard, name)
     problems = [f"{name}: {line}" for line in schema.identity_differences(header["identity"], store.identity)]
-    if not shard.schema_arrow.equals(schema.arrow_schema(store.identity["log_prob_bits"])):
+    if not shard.schema_arrow.equals(schema.arrow_schema(bits, has_lists)):
         problems.append(f"{name}: the columns are {shard.schema_arrow.names}, or have other types than the format says")
-    if header["jobs"] != entry["jobs"] or shard.metadata.num_rows != len(entry["jobs"]):
-        problems.append(f"{name}: its job list is not the manifest's")
+    if (found := shard.metadata.num_rows) != entry["rows"]:
+        problems.append(f"{name}: {found} rows, the manifest says {entry['rows']}")
+    for key in ("batch_size", "layout", "row_group_rows", "versions"):
+        if header.get(key) != entry[key]:
+            problems.append(f"{name}: its {key} is {header.get(key)}, the manifest says {entry[key]}")
+    vocab_size = store.identity["teacher"].get("vocab_size")
+    if has_lists and vocab_size is not None and header.get("num_ids") != vocab_size:
+        problems.append(f"{name}: it numbers {header.get('num_ids')} ids of a vocabulary of {vocab_size}")
     if not name.endswith(f"-{entry['sha256'][:16]}.parquet"):
         problems.append(f"{name}: its name does not carry its checksum {entry['sha256'][:16]}")
     return problems
@@ -169,7 +190,7 @@ def _job_problems(store: Store) -> list[str]:
     seen: dict[tuple[str, int], str] = {}
     digests: dict[str, str] = {}
     for entry in store.manifest["shards"]:
-        for prompt_id, answer_index, digest in entry["jobs"]:
+        for prompt_id, answer_index, digest in read_jobs(store.path / entry["file"]):
             if (prompt_id, answer_index) in seen:
                 first = seen[prompt_id, answer_index]
                 problems.append(f"{entry['file']}: answer {answer_index} to {prompt_id!r} is also in {first}")

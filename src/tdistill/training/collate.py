@@ -67,70 +67,80 @@ class PackedCollator:
         for b, row in enumerate(rows):
             input_ids[b, : len(row)], mask[b, : len(row)] = row, 1
 
-        parts = [self._pack(t, b, b * width) for b, t in enumerate(trajectories)]
-        packed = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        sizes, over = packed.pop("sizes"), packed.pop("over_budget")
-        packed["offsets"] = np.concatenate([[0], np.cumsum(sizes)])
+        packed = self._pack(trajectories, width)
         text_at = [(len(trajectories) + i) * width + np.arange(len(t) - 1) for i, t in enumerate(texts)]
         packed["text_index_L"] = np.concatenate([*text_at, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         packed["text_target_L"] = np.concatenate([*(t[1:] for t in texts), np.zeros(0, dtype=np.int64)]).astype(
             np.int64
         )
-        packed["num_over_budget"] = over.sum()
         tensors = {name: torch.as_tensor(values) for name, values in packed.items()}
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), **tensors}
 
-    def _pack(self, trajectory: Trajectory, sequence: int, start: int) -> dict[str, np.ndarray]:
-        sets, num_taken = trajectory.sets, len(trajectory.response_ids)
-        num_rows = len(sets)
-        stored = np.diff(sets.offsets)
-        taken = np.concatenate([trajectory.response_ids, np.zeros(num_rows - num_taken, dtype=np.int64)]).astype(
-            np.int64
-        )
-        acts = np.arange(num_rows) < num_taken
-        keep_M = np.ones(len(sets.ids), dtype=bool)
-        dropped = added = np.zeros(num_rows, dtype=bool)
-        over_budget = False
-        row_M = np.repeat(np.arange(num_rows), stored)
-        is_taken_M = (sets.ids == taken[row_M]) & acts[row_M]
-        log_prob_taken = np.bincount(row_M[is_taken_M], sets.log_probs[is_taken_M], minlength=num_rows)
-        if (self.p is not None or self.budget is not None) and len(sets.ids):
-            sizes, over_budget = self._sizes(sets)
-            rank_M = np.arange(len(sets.ids)) - np.repeat(sets.offsets[:-1], stored)
-            keep_M = rank_M < sizes[row_M]
-            outside = acts & (np.bincount(row_M[is_taken_M & keep_M], minlength=num_rows) == 0)
-            if trajectory.source == "teacher":
-                acts, dropped = acts & ~outside, outside
-            else:
-                keep_M, added = keep_M | is_taken_M, outside
-            stored = np.bincount(row_M[keep_M], minlength=num_rows)
-        ends = np.full(num_rows, Ends.NEXT, dtype=np.int64)
-        ends[-1] = Ends.TERMINAL if trajectory.ends == "terminal" else Ends.TRUNCATED
-        first = start + len(trajectory.prompt_ids) - 1
+    def _pack(self, trajectories: Sequence[Trajectory], width: int) -> dict[str, np.ndarray]:
+        """Fields of all rows at once; B sequences of input ids are ``width`` apart."""
+        sets = [t.sets for t in trajectories]
+        rows_B = np.array([len(own) for own in sets])
+        num_taken_B = np.array([len(t.response_ids) for t in trajectories])
+        last_B = np.cumsum(rows_B) - 1
+        sequence_N = np.repeat(np.arange(len(trajectories)), rows_B)
+        rank_N = np.arange(len(sequence_N)) - np.repeat(last_B + 1 - rows_B, rows_B)
+        acts_N = rank_N < num_taken_B[sequence_N]
+        taken_N = np.zeros(len(sequence_N), dtype=np.int64)
+        taken_N[acts_N] = np.concatenate([t.response_ids for t in trajectories])
+
+        stored_N = np.concatenate([np.diff(own.offsets) for own in sets])
+        ids_M = np.concatenate([own.ids for own in sets])
+        log_probs_M = np.concatenate([own.log_probs for own in sets])
+        row_M = np.repeat(np.arange(len(sequence_N)), stored_N)
+        # −1 is no token: a row that takes none has none in its set.
+        taken_M = np.flatnonzero(ids_M == np.where(acts_N, taken_N, -1)[row_M])
+        log_prob_taken_N = np.bincount(row_M[taken_M], log_probs_M[taken_M], minlength=len(sequence_N))
+        dropped_N = added_N = np.zeros(len(sequence_N), dtype=bool)
+        num_over_budget = 0
+        if self.p is not None or self.budget is not None:
+            sizes_N, num_over_budget = self._sizes(sets)
+            first_N = np.cumsum(stored_N) - stored_N
+            keep_M = np.arange(len(ids_M)) - first_N[row_M] < sizes_N[row_M]
+            inside_N = np.zeros(len(sequence_N), dtype=bool)
+            inside_N[row_M[taken_M[keep_M[taken_M]]]] = True
+            # Without lists a set is the whole vocabulary, and nothing is outside.
+            listed_N = np.array([len(own.ids) > 0 for own in sets])[sequence_N]
+            outside_N = acts_N & listed_N & ~inside_N
+            sampled_N = np.array([t.source == "teacher" for t in trajectories])[sequence_N]
+            dropped_N, added_N = outside_N & sampled_N, outside_N & ~sampled_N
+            acts_N = acts_N & ~dropped_N
+            keep_M[taken_M[~sampled_N[row_M[taken_M]]]] = True
+            stored_N = np.bincount(row_M[keep_M], minlength=len(sequence_N))
+            ids_M, log_probs_M = ids_M[keep_M], log_probs_M[keep_M]
+        ends_N = np.full(len(sequence_N), Ends.NEXT, dtype=np.int64)
+        ends_N[last_B] = [Ends.TERMINAL if t.ends == "terminal" else Ends.TRUNCATED for t in trajectories]
+        first_B = np.arange(len(trajectories)) * width + [len(t.prompt_ids) - 1 for t in trajectories]
         return {
-            "position_index_N": first + np.arange(num_rows, dtype=np.int64),
-            "sizes": stored,
-            "action_ids_M": sets.ids[keep_M].astype(np.int64),
-            "log_prob_teacher_M": sets.log_probs[keep_M],
-            "log_prob_taken_teacher_N": np.where(acts, log_prob_taken, 0.0).astype(np.float32),
-            "teacher_log_sum_exp_N": sets.log_sum_exp,
-            "from_student_N": np.full(num_rows, trajectory.source == "student"),
-            "taken_N": taken,
-            "sequence_N": np.full(num_rows, sequence, dtype=np.int64),
-            "has_action_N": acts,
-            "ends_N": ends,
-            "dropped_N": dropped,
-            "added_N": added,
-            "over_budget": np.array([over_budget]),
+            "position_index_N": first_B[sequence_N] + rank_N,
+            "offsets": np.concatenate([[0], np.cumsum(stored_N)]),
+            "action_ids_M": ids_M.astype(np.int64),
+            "log_prob_teacher_M": log_probs_M,
+            "log_prob_taken_teacher_N": np.where(acts_N, log_prob_taken_N, 0.0).astype(np.float32),
+            "teacher_log_sum_exp_N": np.concatenate([own.log_sum_exp for own in sets]),
+            "from_student_N": np.array([t.source == "student" for t in trajectories])[sequence_N],
+            "taken_N": taken_N,
+            "sequence_N": sequence_N,
+            "has_action_N": acts_N,
+            "ends_N": ends_N,
+            "dropped_N": dropped_N,
+            "added_N": added_N,
+            "num_over_budget": np.asarray(num_over_budget),
         }
 
-    def _sizes(self, sets: ActionSets) -> tuple[np.ndarray, bool]:
-        """Sizes of the sets that are kept, and whether even the stored ones lose more than the budget."""
+    def _sizes(self, sets: Sequence[ActionSets]) -> tuple[np.ndarray, int]:
+        """Sizes of the sets that are kept, int64 [N], and for how many trajectories the stored ones lose too much."""
         if self.budget is None:
             assert self.p is not None
-            return nested_sizes(sets, self.p), False
+            return np.concatenate([nested_sizes(own, self.p) for own in sets]), 0
         nats, gamma = self.budget
-        return budget_sizes(sets, nats, gamma), set_loss_nats(sets, np.diff(sets.offsets), gamma) > nats
+        sizes_N = np.concatenate([budget_sizes(own, nats, gamma) for own in sets])
+        over = [set_loss_nats(own, np.diff(own.offsets), gamma) > nats for own in sets]
+        return sizes_N, sum(over)
 
     def _choose_text(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         if self.text is None:

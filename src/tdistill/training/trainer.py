@@ -183,7 +183,13 @@ class TDistillTrainer(Trainer):
     def _sampler(self, store: Store, seed: int | None) -> TokenBudgetSampler:
         total = store.response_lengths + store.prompt_lengths
         return TokenBudgetSampler(
-            store.response_lengths, total, self.args.response_tokens_per_batch, seed, self.args.world_size
+            store.response_lengths,
+            total,
+            self.args.response_tokens_per_batch,
+            seed,
+            self.args.world_size,
+            store.row_groups,
+            store.row_groups_in_memory,
         )
 
     def _loader(self, store: Any, sampler: TokenBudgetSampler, collator: Any) -> DataLoader:
