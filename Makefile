@@ -39,7 +39,7 @@ bench-objectives: .venv/.demo
 STORE ?= runs/objectives/real/run/store/train
 bench-performance: .venv/.demo
 	$(PIP) -e '.[bench]'
-	for kind in step memory scaling capture; do \
+	for kind in step memory accuracy scaling capture; do \
 		$(BIN)/tdistill bench $$kind --output benchmarks/results/bench_$$kind.json || exit 1; done
 	$(BIN)/tdistill bench store $(STORE) --large --output benchmarks/results/bench_store.json
 

@@ -102,13 +102,15 @@ def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[st
     }
 
 
-def step_times(setup: Setup) -> dict[str, float]:
+def step_times(setup: Setup, only: str) -> dict[str, float]:
     """Seconds per step of every variant, rounds of rollouts included: a short run each, from the first seed's start.
 
     Median over six steps; with rollouts the mean over as many steps as one round serves.
     """
     found = {}
     for name, variant in VARIANTS[setup.name].items():
+        if only not in name:
+            continue
         model = load_causal_lm(first_phase(setup, setup.seeds[0]), dtype="float32")
         steps = setup.rollouts["every"] if variant.rollouts else 7  # the first warms up
         args = {**setup.second_phase, **variant.args, "max_steps": steps}
@@ -142,7 +144,8 @@ def main() -> None:
     content = json.loads(output.read_text()) if output.is_file() else {"rows": []}
     rows = content.pop("rows")
     if options.times:
-        write_atomically(output, as_text({**content, "step_s": step_times(setup)}, rows))
+        times = {**content.get("step_s", {}), **step_times(setup, options.only)}
+        write_atomically(output, as_text({**content, "step_s": times}, rows))
         return
     done = {(row["variant"], row["seed"]) for row in rows}
     for seed in setup.seeds:
