@@ -85,7 +85,9 @@ def readme(text: str) -> str:
 
 def measurements() -> dict[str, Any]:
     """Contents of the JSON files of ``tdistill bench``, by kind."""
-    files = {kind: RESULTS / f"bench_{kind}.json" for kind in ("step", "memory", "accuracy", "scaling", "store", "capture")}
+    files = {
+        kind: RESULTS / f"bench_{kind}.json" for kind in ("step", "memory", "accuracy", "scaling", "store", "capture")
+    }
     return {kind: json.loads(path.read_text()) for kind, path in files.items() if path.is_file()}
 
 

@@ -88,8 +88,7 @@ class CaptureConfig(_Strict):
     max_new_tokens: int = Field(256, ge=1)
     answers_per_prompt: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)
-    # A shard is cut into batches by length: with 8 batches a shard an eighth of the prompt positions is padding, with
-    # one a half (docs/performance.md).
+    # A shard is cut into batches by length: the more batches, the less padding (docs/performance.md).
     shard_prompts: int = Field(256, ge=1)
     log_prob_bits: Literal[8, 16] = 8
     seed: int = Field(0, ge=0)

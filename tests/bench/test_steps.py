@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import tiny_llama
 
-from tdistill.bench import memory, peers, scaling, step, steps
+from tdistill.bench import accuracy, memory, peers, scaling, step, steps
 from tdistill.bench.timing import interleaved_medians
 from tdistill.bench.workload import capped, make_workload
 from tdistill.reports.performance import performance_table
@@ -123,6 +123,15 @@ def test_the_measurements_have_a_table_each(workload, monkeypatch):
     grown = scaling.measure(workload, rounds=1)
     assert grown["tokens"] == [TOKENS, 2 * TOKENS, 3 * TOKENS]
     assert "R²" in performance_table("scaling", grown)
+
+
+def test_errors_are_against_float64(workload):
+    found = accuracy.measure(workload, rounds=2)
+    for name in ("bare", "default"):
+        for errors in found[name].values():
+            assert 0 < errors["candidates"] < 1e-3 and 0 < errors["dense"] < 1e-3
+    assert found["default"]["matrix"]["ratio"] < 2
+    assert "| bare, loss: ratio |" in performance_table("accuracy", found)
 
 
 def test_a_straight_line():

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import random_trajectory
 
-from tdistill.bench.store import _by_p_and_cap, _kl, _nested, measure, read_in_process, synthetic_store
+from tdistill.bench.memory import in_own_process
+from tdistill.bench.store import (
+    _by_p_and_cap,
+    _kl,
+    _nested,
+    measure,
+    padding_share,
+    read_in_process,
+    synthetic_store,
+)
 from tdistill.store import Store, verify_store
 from tdistill.store.schema import store_identity
 from tdistill.store.write import shard_header, write_manifest, write_shard
@@ -112,8 +120,7 @@ def test_memory_and_opening_do_not_grow_with_the_store(source: Store, tmp_path: 
     for size in (200_000, 4_000_000):
         path = synthetic_store(source, tmp_path / str(size), size)
         # A fresh process for each: the peak of one process never falls.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(read_in_process, (str(path), 200_000, 1024, cache_bytes)))
+        found.append(in_own_process(read_in_process, str(path), 200_000, 1024, cache_bytes))
     small, large = found
     assert large["store_bytes"] > 15 * small["store_bytes"]
     # Decoded, what was read takes 150 MB and more, of which 8 MiB may stay; per row of the index there are arrays of
@@ -121,3 +128,12 @@ def test_memory_and_opening_do_not_grow_with_the_store(source: Store, tmp_path: 
     growth = (large["peak_rss_bytes"] - large["start_rss_bytes"]) - (small["peak_rss_bytes"] - small["start_rss_bytes"])
     assert growth < (32 << 20) + 100 * large["rows"]
     assert large["open_s"] < 1.0
+
+
+def test_padding_by_hand():
+    # One batch: 4 rows of 8 positions for 8 + 2 + 7 + 1 tokens. Sorted into two: 2 · 8 + 2 · 2.
+    lengths = np.array([8, 2, 7, 1])
+    assert padding_share(lengths, 4, 4) == pytest.approx(1 - 18 / 32)
+    assert padding_share(lengths, 4, 2) == pytest.approx(1 - 18 / 20)
+    # Two shards of two: 2 · 8 + 2 · 7.
+    assert padding_share(lengths, 2, 2) == pytest.approx(1 - 18 / 30)

@@ -131,7 +131,7 @@ def test_bytes_are_those_of_the_uncompressed_columns(tiny_stores: dict[str, Stor
     states = ["set_sizes", "set_tops", "last_log_probs", "covered_mass", "log_sum_exp"]
     lists = ["taken_slots", "set_ids", "set_log_probs", *states]
     num_bytes = 0
-    for entry in store.manifest["shards"]:
+    for entry in store.shards:
         table = pq.read_table(store.path / entry["file"], columns=lists)
         num_bytes += sum(chunk.flatten().nbytes for name in lists for chunk in table.column(name).chunks)
     own = at(study["by_p"], p=store.p_max)["bytes_per_token"]

@@ -58,8 +58,9 @@ def test_shares_of_memory():
     values = {bar.what: bar.value for bar in bars({"memory": MEMORY})}
     assert values["memory above the body / SFT's, bare, 100 tokens"] == pytest.approx(0.2)
     assert values["memory above the body / SFT's, default, 900 tokens"] == pytest.approx(0.204)
-    assert values["memory above the body, bare: change from 100 to 900 tokens"] == pytest.approx(0.1)
-    assert values["memory above the body, default: change from 100 to 900 tokens"] == pytest.approx(0.02)
+    # BD grows by 10 and 4, SFT by 500.
+    assert values["growth of memory above the body from 100 to 900 tokens / SFT's, bare"] == pytest.approx(0.02)
+    assert values["growth of memory above the body from 100 to 900 tokens / SFT's, default"] == pytest.approx(0.008)
 
 
 def test_a_missed_bar_is_marked_in_the_table():

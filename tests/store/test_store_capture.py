@@ -58,7 +58,8 @@ def test_batches_are_of_similar_length_and_rows_in_order(tmp_path: Path) -> None
 
 
 def test_manifest_says_what_was_captured(tmp_path: Path) -> None:
-    manifest = capture_fake(tmp_path, PROMPTS, answers_per_prompt=2).manifest
+    store = capture_fake(tmp_path, PROMPTS, answers_per_prompt=2)
+    manifest = store.manifest
     assert manifest["identity"] == {
         "teacher": FakeTeacher().identity,
         "tokenizer_sha256": "bb" * 32,
@@ -68,12 +69,11 @@ def test_manifest_says_what_was_captured(tmp_path: Path) -> None:
         "sampling": {"p_max": 0.9, "max_actions": 8, "temperature": 1.0, "max_new_tokens": 5, "seed": 0},
         "log_prob_bits": 16,
     }
-    assert [entry["rows"] for entry in manifest["shards"]] == [6, 6, 4]
+    assert [entry["rows"] for entry in store.shards] == [6, 6, 4]
+    assert manifest["totals"]["shards"] == 3
     assert manifest["totals"]["rows"] == 16 and manifest["totals"]["prompts"] == 8
     assert manifest["totals"]["bytes"] == sum(f.stat().st_size for f in tmp_path.glob("shard-*"))
-    assert all(
-        set(entry["versions"]) == {"pyarrow", "tdistill", "torch", "transformers"} for entry in manifest["shards"]
-    )
+    assert all(set(entry["versions"]) == {"pyarrow", "tdistill", "torch", "transformers"} for entry in store.shards)
 
 
 @pytest.mark.parametrize("batch", range(9))

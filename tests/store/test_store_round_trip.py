@@ -269,7 +269,7 @@ def test_many_row_groups_in_one_shard(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tdistill.store.schema.ROW_GROUP_TOKENS", 170)
     capture_fake(tmp_path, make_prompts(150), shard_prompts=150, batch_size=50)
     store = Store.open(tmp_path)
-    (entry,) = store.manifest["shards"]
+    (entry,) = store.shards
     # 150 answers of 3 tokens on average, 170 tokens to a group.
     num_groups = -(-150 // entry["row_group_rows"])
     assert pq.ParquetFile(tmp_path / entry["file"]).metadata.num_row_groups == num_groups == 3
@@ -307,15 +307,18 @@ def test_forked_worker_reads_the_same(small_store: Path) -> None:
     queue = context.Queue()
     worker = context.Process(target=read_in_worker, args=(store, queue))
     worker.start()
-    assert queue.get(timeout=30) == expected
-    worker.join()
+    try:
+        assert queue.get(timeout=30) == expected
+    finally:
+        worker.kill()  # what a fork of a process with threads does when it ends is not the matter here
+        worker.join()
 
 
 def test_lengths_and_jobs_do_not_need_the_shards(small_store: Path) -> None:
     """Break a shard: opening, lengths and jobs do not notice, the trajectory is refused."""
     store = Store.open(small_store)
     expected = [len(t.response_ids) for t in store]
-    file = small_store / store.manifest["shards"][0]["file"]
+    file = small_store / store.shards[0]["file"]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -329,7 +332,7 @@ def test_lengths_and_jobs_do_not_need_the_shards(small_store: Path) -> None:
 def test_pages_carry_checksums(small_store: Path) -> None:
     """A page that is damaged after its file was checked is refused too."""
     store = Store.open(small_store, verify=True)
-    file = small_store / store.manifest["shards"][0]["file"]
+    file = small_store / store.shards[0]["file"]
     metadata = pq.ParquetFile(file).metadata.row_group(0)
     column = next(c for c in map(metadata.column, range(13)) if c.path_in_schema.startswith("log_sum_exp"))
     data = bytearray(file.read_bytes())

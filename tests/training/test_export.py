@@ -137,6 +137,32 @@ def test_an_adapter_is_merged_into_a_plain_folder(train, tiny_tokenizer, tiny_st
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
 
 
+def test_an_adapter_on_the_output_matrix_of_an_untied_student_is_trained_and_merged(
+    tiny_start_folder, tiny_tokenizer, tiny_stores, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    model = load_causal_lm(tiny_start_folder, dtype="float32")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    trainer = TDistillTrainer(
+        model,
+        settings(tmp_path / "train", max_steps=20, learning_rate=1e-2),
+        tiny_stores["train"],
+        tiny_stores["dev"],
+        tiny_tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules=["lm_head"]),
+    )
+    start, first = model.lm_head.base_layer.weight.detach().clone(), trainer.evaluate()["eval_kl_set_tail"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl_set_tail"] < first - 0.01
+    before = logits(trainer.model, tiny_stores["dev"])
+    export_student(trainer.model, tiny_tokenizer, tmp_path / "student", tiny_stores["train"].end_token_ids)
+    student = load_causal_lm(tmp_path / "student")
+    torch.testing.assert_close(logits(student, tiny_stores["dev"]), before, rtol=0, atol=1e-4)
+    assert not torch.equal(student.lm_head.weight, start)
+    assert not torch.equal(student.lm_head.weight, student.get_input_embeddings().weight)
+
+
 def test_a_student_trained_in_bfloat16_autocast_is_exported_in_float32(train, tiny_tokenizer, tiny_stores, tmp_path):
     trainer = train(bf16=True, max_steps=3)
     export_student(

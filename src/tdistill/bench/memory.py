@@ -6,6 +6,8 @@ import multiprocessing
 import resource
 import statistics
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from tdistill.bench.workload import Workload
 STEPS = ("body", "bd", "bd_default", "sft")
 
 
-def measure(
-    workload: Workload, rounds: int = 5, vocab_sizes: tuple[int, ...] = (2**15, 49_152, 2**17)
-) -> dict[str, Any]:
+VOCABULARIES = (2**15, 49_152, 2**17)
+
+
+def measure(workload: Workload, rounds: int = 5, vocab_sizes: Sequence[int] = VOCABULARIES) -> dict[str, Any]:
     """Median peak of the resident memory over ``rounds`` processes, bytes, by vocabulary and step.
 
     Two steps without an optimiser, so that what is compared is what a step allocates on top of model and gradients.
@@ -32,22 +35,20 @@ def measure(
 
 
 def _peak_bytes(name: str, workload: Workload, vocab_size: int) -> int:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(name, workload, vocab_size, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    return in_own_process(_run, name, workload, vocab_size)
 
 
-def _run(name: str, workload: Workload, vocab_size: int, sender: Any) -> None:
+def _run(name: str, workload: Workload, vocab_size: int) -> int:
     step = build_step(name, workload, vocab_size=vocab_size)
     for _ in range(2):
         step()
-    sender.send(peak_rss_bytes())
+    return peak_rss_bytes()
+
+
+def in_own_process(work: Callable[..., Any], *args: Any) -> Any:
+    """Result of a function in a fresh process; an error if the process dies."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def peak_rss_bytes() -> int:

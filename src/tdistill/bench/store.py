@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tdistill.actions import nested_sizes, prefix_mass, sample_from_sets
+from tdistill.bench.memory import in_own_process, peak_rss_bytes
 from tdistill.store import Store, codes
 from tdistill.store.write import (
     index_rows,
@@ -38,6 +37,8 @@ from tdistill.types import Trajectory
 _MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 _CAPS = (8, 16, 32, 64, 128)
 _ZSTD_LEVELS = (3, 9, 19)
+# Prompts per shard and answers at once.
+_LAYOUTS = ((64, 64), (64, 32), (256, 32), (1024, 32))
 # Written fast: what is measured on synthetic stores does not depend on how well they are compressed.
 _SYNTHETIC_ZSTD_LEVEL = 1
 
@@ -65,6 +66,7 @@ def measure(
         cache_bytes: room for decoded row groups while reading those.
     Returns:
         ``store``: bytes per response token by column. ``by_p_and_cap``: the same for nested sets, in one shard.
+        ``padding``: share of the prompt positions of a capture, by its layout.
         ``encodings``: of ids and log-probabilities by representation, Parquet encoding and zstd level.
         ``log_prob_error``: by bits. ``reading``: response tokens per second from the file to the collated batch.
         ``opening``: one row per synthetic store.
@@ -78,6 +80,10 @@ def measure(
             "mean_set_size": store.manifest["totals"]["action_slots"] / store.manifest["totals"]["positions"],
             "store": _bytes_per_token(store.path),
             "by_p_and_cap": _by_p_and_cap(store, trajectories, Path(folder)),
+            "padding": [
+                {"shard_prompts": n, "batch_size": batch, "share": padding_share(store.prompt_lengths, n, batch)}
+                for n, batch in _LAYOUTS
+            ],
             "encodings": _encodings(trajectories, store.identity["teacher"].get("vocab_size")),
             "log_prob_error": {str(bits): _log_prob_error(trajectories, bits) for bits in (8, 16)},
             "reading": _reading(store.path, response_tokens_per_batch, rounds),
@@ -111,13 +117,13 @@ def _bytes_per_token(path: Path) -> dict[str, Any]:
     """Bytes of each column and of everything else, per response token."""
     store = Store.open(path)
     num_tokens, columns = store.total_response_tokens, dict[str, int]()
-    for entry in store.manifest["shards"]:
+    for entry in store.shards:
         metadata = pq.ParquetFile(path / entry["file"]).metadata
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for chunk in map(group.column, range(group.num_columns)):
                 name = chunk.path_in_schema.split(".")[0]
                 columns[name] = columns.get(name, 0) + chunk.total_compressed_size
-    files = {entry["file"]: entry["bytes"] for entry in (store.manifest["index"], *store.manifest["shards"])}
+    files = {entry["file"]: entry["bytes"] for entry in (store.manifest["index"], *store.shards)}
     parts = {
         **columns,
         "shard_headers": store.manifest["totals"]["bytes"] - sum(columns.values()),
@@ -127,7 +133,7 @@ def _bytes_per_token(path: Path) -> dict[str, Any]:
     total = sum(files.values()) + parts["manifest"]
     return {
         "log_prob_bits": store.identity["log_prob_bits"],
-        "num_shards": len(store.manifest["shards"]),
+        "num_shards": len(store.shards),
         "bytes_per_response_token": total / num_tokens,
         "by_part_bytes_per_response_token": {name: size / num_tokens for name, size in parts.items()},
     }
@@ -194,6 +200,15 @@ def _header(trajectories: Sequence[Trajectory], identity: dict[str, Any]) -> dic
     digests = [hashlib.sha256(t.prompt_ids.tobytes()).hexdigest()[:16] for t in trajectories]
     jobs = [(t.prompt_id, t.answer_index, digest) for t, digest in zip(trajectories, digests, strict=True)]
     return shard_header(identity, jobs, 1)
+
+
+def padding_share(prompt_lengths: np.ndarray, shard_prompts: int, batch_size: int) -> float:
+    """Share of prompt positions that are padding when each shard is cut into batches by length, longest first."""
+    computed = 0
+    for at in range(0, len(prompt_lengths), shard_prompts):
+        falling = np.sort(prompt_lengths[at : at + shard_prompts])[::-1]
+        computed += sum(int(falling[b]) * len(falling[b : b + batch_size]) for b in range(0, len(falling), batch_size))
+    return 1 - float(prompt_lengths.sum()) / computed
 
 
 # ---- encodings ----
@@ -333,7 +348,7 @@ def synthetic_store(source: Store, path: Path, response_tokens: int) -> Path:
     """
     path.mkdir(parents=True)
     entries, rows, written, number = [], {}, 0, 0
-    shards = [_shard(source, entry) for entry in source.manifest["shards"]]
+    shards = [_shard(source, entry) for entry in source.shards]
     while written < response_tokens:
         table, header = shards[number % len(shards)]
         ids = pa.array([f"{number}/{prompt_id}" for prompt_id in table.column("prompt_id").to_pylist()])
@@ -351,17 +366,14 @@ def synthetic_store(source: Store, path: Path, response_tokens: int) -> Path:
 
 def _shard(store: Store, entry: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
     """Table and header of a shard, made anew: the file itself does not say in which order its columns were packed."""
-    first = sum(shard["rows"] for shard in store.manifest["shards"][: store.manifest["shards"].index(entry)])
+    first = sum(shard["rows"] for shard in store.shards[: store.shards.index(entry)])
     trajectories = [store[row] for row in range(first, first + entry["rows"])]
     return shard_table(trajectories, _header(trajectories, store.identity))
 
 
 def _opening(path: Path, read_tokens: int, response_tokens_per_batch: int, cache_bytes: int) -> dict[str, Any]:
     """Open and read a store in a process of its own, whose peak of memory is measured."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        found = pool.apply(read_in_process, (str(path), read_tokens, response_tokens_per_batch, cache_bytes))
-    return found
+    return in_own_process(read_in_process, str(path), read_tokens, response_tokens_per_batch, cache_bytes)
 
 
 def read_in_process(
@@ -377,7 +389,7 @@ def read_in_process(
     """
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
-    before, processor_before = _peak_rss_bytes(), time.process_time()
+    before, processor_before = peak_rss_bytes(), time.process_time()
     started = time.perf_counter()
     store = Store.open(path)
     opened, processor_opened = time.perf_counter(), time.process_time()
@@ -389,7 +401,7 @@ def read_in_process(
     return {
         "response_tokens": store.total_response_tokens,
         "rows": len(store),
-        "num_shards": len(store.manifest["shards"]),
+        "num_shards": len(store.shards),
         "store_bytes": store.manifest["totals"]["bytes"],
         "manifest_bytes": (store.path / "manifest.json").stat().st_size,
         "open_s": opened - started,
@@ -397,14 +409,5 @@ def read_in_process(
         "first_batch_s": first - opened,
         "batches_read": num_batches + 1,
         "start_rss_bytes": before,
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
-
-
-def _peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage says on Linux includes the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

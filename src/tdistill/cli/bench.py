@@ -78,6 +78,21 @@ def memory(
 
 
 @bench.command()
+def accuracy(
+    teacher: TeacherModel = TEACHER,
+    gguf_file: GGUFFile = GGUF_FILE,
+    work: Work = WORK,
+    rounds: Rounds = 5,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the candidate kernel with float64, beside the dense float32 computation (2 minutes)."""
+    from tdistill.bench.accuracy import measure
+
+    _report("accuracy", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
+
+
+@bench.command()
 def scaling(
     teacher: TeacherModel = TEACHER,
     gguf_file: GGUFFile = GGUF_FILE,

@@ -75,6 +75,9 @@ def store_rows(c: dict[str, Any]) -> list[Row]:
     for bits, error in c["log_prob_error"].items():
         rows.append((f"{bits} bits: largest error of a log-probability, nats", error["max_error_nats"], ".5f"))
         rows.append((f"{bits} bits: mean KL of a set to the stored one, nats", error["mean_kl_of_set_nats"], ".2g"))
+    for p in c["padding"]:
+        what = f"{p['shard_prompts']} prompts to a shard, {p['batch_size']} answers at once: padded share of prompts"
+        rows.append((what, p["share"], ".3f"))
     rows.append(("response tokens read per second, one core", reading["response_tokens_per_s"], ",.0f"))
     for opened in c["opening"]:
         label = f"{opened['response_tokens']:,} response tokens, {opened['store_bytes'] / 1e6:,.0f} MB"
@@ -93,11 +96,22 @@ def capture_rows(c: dict[str, Any]) -> list[Row]:
     return [*rows, ("R² of a straight line over the number of prompts", c["growth"]["r_squared"], ".4f")]
 
 
+def accuracy_rows(c: dict[str, Any]) -> list[Row]:
+    """Errors of ``tdistill bench accuracy``."""
+    return [
+        (f"{name}, {what}: {key}", c[name][what][key], ".3g" if key != "ratio" else ".2f")
+        for name in ("bare", "default")
+        for what in ("loss", "hidden", "matrix")
+        for key in ("candidates", "dense", "ratio")
+    ]
+
+
 _BYTES = "bytes_per_response_token"
 _ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "step": step_rows,
     "memory": memory_rows,
     "scaling": scaling_rows,
+    "accuracy": accuracy_rows,
     "store": store_rows,
     "capture": capture_rows,
 }
@@ -153,11 +167,20 @@ def bars(found: dict[str, dict[str, Any]]) -> list[Bar]:
                 share = (peak[name] - peak["body_bytes"]) / (peak["sft_bytes"] - peak["body_bytes"])
                 lines.append(Bar(f"memory above the body / SFT's, {what}, {int(size):,} tokens", share, 0.3))
         sizes = sorted(c["vocabulary"], key=int)
-        small, large = c["vocabulary"][sizes[0]], c["vocabulary"][sizes[-1]]
+        ends = [c["vocabulary"][size] for size in (sizes[0], sizes[-1])]
         for name, what in (("bd_bytes", "bare"), ("bd_default_bytes", "default")):
-            ends = [peak[name] - peak["body_bytes"] for peak in (small, large)]
-            what = f"memory above the body, {what}: change from {int(sizes[0]):,} to {int(sizes[-1]):,} tokens"
-            lines.append(Bar(what, abs(ends[1] / ends[0] - 1), 0.05))
+            grown, of_sft = (
+                (ends[1][key] - ends[1]["body_bytes"]) - (ends[0][key] - ends[0]["body_bytes"])
+                for key in (name, "sft_bytes")
+            )
+            what = (
+                f"growth of memory above the body from {int(sizes[0]):,} to {int(sizes[-1]):,} tokens / SFT's, {what}"
+            )
+            lines.append(Bar(what, grown / of_sft, 0.05))
+    if c := found.get("accuracy"):
+        for name in ("bare", "default"):
+            worst = max(errors["ratio"] for errors in c[name].values())
+            lines.append(Bar(f"error of loss and gradients against float64 / dense float32's, {name}", worst, 2.0))
     if c := found.get("store"):
         for row in c["by_p_and_cap"]:
             if (row["p"], row["cap"], row["log_prob_bits"]) == (0.8, 64, 8):

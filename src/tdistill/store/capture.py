@@ -189,16 +189,16 @@ def _remove_temporaries(path: Path) -> None:
 
 
 def _listed_entries(path: Path, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, pa.Table]]:
-    """Entries of the manifest, if there is one, and the rows of the index for each of its shards."""
+    """Entries of the index, if there is a manifest, and the rows of the index for each of its shards."""
     if not (path / schema.MANIFEST).exists():
         return [], {}
     store = Store.open(path)
     _check_identity(path / schema.MANIFEST, store.identity, identity)
     rows, index, first = {}, store.index(), 0
-    for entry in store.manifest["shards"]:
+    for entry in store.shards:
         rows[entry["file"]] = index.slice(first, entry["rows"])
         first += entry["rows"]
-    return store.manifest["shards"], rows
+    return store.shards, rows
 
 
 def _unlisted_entries(

@@ -117,8 +117,6 @@ class Store:
     def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
         self.path = Path(path)
         self.manifest = manifest
-        shards = manifest["shards"]
-        self._first_row = np.cumsum([0] + [shard["rows"] for shard in shards])
         self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
         self._cached_bytes = 0
         self._whole: set[str] = set()
@@ -127,12 +125,12 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Store:
-        """Open the store in folder ``path``: read its manifest and compare the sizes of its files.
+        """Open the store in folder ``path``: read its manifest, which is small whatever the store's size.
 
         Args:
             path: folder of the store.
-            verify: check the SHA-256 of every shard and of the index now, which reads all of them. Otherwise each is
-                checked when it is first read from.
+            verify: check size and SHA-256 of every shard and of the index now, which reads all of them. Otherwise each
+                is checked when it is first read from.
         Raises:
             StoreCorruptError: a shard, the index or the manifest is damaged, truncated or missing.
             StoreIncompleteError: the folder holds shards and no manifest.
@@ -140,17 +138,37 @@ class Store:
         """
         path = Path(path)
         manifest = schema.read_manifest(path)
-        for entry in (manifest["index"], *manifest["shards"]):
-            file, what = path / entry["file"], f"a shard of {entry['rows']} rows" if "rows" in entry else "the index"
-            if not file.is_file():
-                raise StoreCorruptError(f"{file}: expected {what}, found no file. {_REMEDY}")
-            if (size := file.stat().st_size) != entry["bytes"]:
-                raise StoreCorruptError(f"{file}: expected {entry['bytes']:,} bytes, found {size:,}. {_REMEDY}")
         store = cls(path, manifest)
+        store._check_size(manifest["index"])
         if verify:
-            for entry in (manifest["index"], *manifest["shards"]):
+            for entry in store.shards:
                 store._checked(entry)
         return store
+
+    def _check_size(self, entry: dict[str, Any]) -> None:
+        file, what = self.path / entry["file"], f"a shard of {entry['rows']} rows" if "rows" in entry else "the index"
+        if not file.is_file():
+            raise StoreCorruptError(f"{file}: expected {what}, found no file. {_REMEDY}")
+        if (size := file.stat().st_size) != entry["bytes"]:
+            raise StoreCorruptError(f"{file}: expected {entry['bytes']:,} bytes, found {size:,}. {_REMEDY}")
+
+    @cached_property
+    def shards(self) -> list[dict[str, Any]]:
+        """Entries of the shards, from the header of the index.
+
+        Raises:
+            StoreCorruptError: the index cannot be read.
+        """
+        file = self._checked(self.manifest["index"])
+        try:
+            with open_shard(file) as index:
+                return json.loads(index.schema_arrow.metadata[schema.HEADER_KEY])["shards"]
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise StoreCorruptError(f"{file}: expected a readable index, found: {error!r}. {_REMEDY}") from error
+
+    @cached_property
+    def _first_row(self) -> np.ndarray:
+        return np.cumsum([0] + [shard["rows"] for shard in self.shards])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -192,7 +210,7 @@ class Store:
     def row_groups(self) -> np.ndarray:
         """Row group of every row, numbered through the store, int64 [len(store)]: what is decoded to read it."""
         parts, first = [np.zeros(0, dtype=np.int64)], 0
-        for shard in self.manifest["shards"]:
+        for shard in self.shards:
             parts.append(first + np.arange(shard["rows"]) // shard["row_group_rows"])
             first += -(-shard["rows"] // shard["row_group_rows"])
         return np.concatenate(parts)
@@ -223,14 +241,14 @@ class Store:
         return table
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self.manifest["totals"]["rows"]
 
     def __getitem__(self, index: int) -> Trajectory:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a store with {len(self)} rows")
         index = index % len(self)
         number = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        group, row = divmod(index - int(self._first_row[number]), self.manifest["shards"][number]["row_group_rows"])
+        group, row = divmod(index - int(self._first_row[number]), self.shards[number]["row_group_rows"])
         return self._row_group(number, group).trajectory(row, self._source)
 
     def _row_group(self, number: int, group: int) -> _RowGroup:
@@ -249,6 +267,7 @@ class Store:
         """File of an entry, its SHA-256 compared once: page checksums leave page headers and the footer out."""
         file = self.path / entry["file"]
         if entry["file"] not in self._whole:
+            self._check_size(entry)
             try:
                 sha256 = schema.file_sha256(file)
             except OSError as error:
@@ -259,7 +278,7 @@ class Store:
         return file
 
     def _read(self, number: int, group: int) -> _RowGroup:
-        file = self._checked(self.manifest["shards"][number])
+        file = self._checked(self.shards[number])
         try:
             # Arrow's thread pool does not survive a fork, and a worker has one core to itself anyway.
             with open_shard(file) as shard:

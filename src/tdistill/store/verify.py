@@ -130,7 +130,7 @@ def verify_store(path: str | Path) -> list[str]:
         index = store.index()
         if not index.schema.equals(schema.index_schema()):
             return [f"{store.manifest['index']['file']}: the columns are {index.schema.names}, or have other types"]
-        for entry in store.manifest["shards"]:
+        for entry in store.shards:
             with open_shard(store.path / entry["file"]) as shard:
                 problems += _shard_problems(shard, entry, store)
             rows = index.slice(row, entry["rows"]).to_pylist()
@@ -160,7 +160,7 @@ def verify_store(path: str | Path) -> list[str]:
         if name == "prompts":
             expected = len(set(index.column("prompt_id").to_pylist()))
         else:
-            expected = sum(entry[name] for entry in store.manifest["shards"])
+            expected = len(store.shards) if name == "shards" else sum(entry[name] for entry in store.shards)
         if total != expected:
             problems.append(f"manifest: total {name} is {total}, which is not the sum over the shards, {expected}")
     return problems
@@ -189,7 +189,7 @@ def _job_problems(store: Store) -> list[str]:
     problems = []
     seen: dict[tuple[str, int], str] = {}
     digests: dict[str, str] = {}
-    for entry in store.manifest["shards"]:
+    for entry in store.shards:
         for prompt_id, answer_index, digest in read_jobs(store.path / entry["file"]):
             if (prompt_id, answer_index) in seen:
                 first = seen[prompt_id, answer_index]

@@ -240,16 +240,19 @@ def write_manifest(
     Args:
         path: folder of the shards.
         identity: identity of the store.
-        entries: manifest entries of the shards.
+        entries: entries of the shards.
         rows: file name → its rows of the index, where known; the others are read from the shards.
     Raises:
         NoSpaceError: the disk is full; an earlier manifest and its index are still whole.
     """
     entries = sorted(entries, key=lambda entry: schema.shard_number(entry["file"]))
-    totals = {key: sum(entry[key] for entry in entries) for key in ("rows", "bytes", *COUNTED)}
+    totals = {key: sum(entry[key] for entry in entries) for key in ("rows", "bytes", *COUNTED)} | {
+        "shards": len(entries)
+    }
     known = rows or {}
     parts = [known[entry["file"]] if entry["file"] in known else read_rows(path / entry["file"]) for entry in entries]
     index = pa.concat_tables([schema.index_schema().empty_table(), *parts]).combine_chunks()
+    index = index.replace_schema_metadata({schema.HEADER_KEY: schema.canonical_json({"shards": entries})})
     data = shard_bytes(index, _INDEX_ROW_GROUP_ROWS)
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"index-{sha256[:16]}.parquet"
@@ -260,7 +263,6 @@ def write_manifest(
         "identity": identity,
         "has_lists": identity["sampling"]["p_max"] < 1.0,
         "index": {"file": name, "sha256": sha256, "bytes": len(data)},
-        "shards": entries,
         "totals": {**totals, "prompts": pc.count_distinct(index.column("prompt_id")).as_py()},
     }
     write_whole(path / schema.MANIFEST, schema.seal_manifest(content))
