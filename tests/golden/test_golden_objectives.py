@@ -60,6 +60,7 @@ def mixed_batch() -> list[losses.Episode]:
 
 CASES = {
     "iq_learn default": IQLearn(),
+    "iq_learn alpha 100": IQLearn(alpha=100.0),
     "iq_learn paper": IQLearn(alpha=0.1, coordinates="raw", first_order="sampled", q_floor=-10.0),
     "iq_learn raw expected": IQLearn(alpha=1.0, gamma=0.5, coordinates="raw"),
     "iq_learn max_set floor": IQLearn(alpha=0.1, coordinates="max_set", first_order="sampled", q_floor=-1.0),

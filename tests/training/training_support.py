@@ -55,7 +55,10 @@ def settings(output_dir: Path, **changes: Any) -> TDistillConfig:
         "response_tokens_per_batch": 160,
         "seed": 0,
     }
-    return TDistillConfig(**{**values, **changes})
+    values |= changes
+    if values.get("objective", "iq_learn") == "iq_learn":  # a finite α, so that value head and φ take part
+        values["objective"] = {"name": "iq_learn", "alpha": 100.0}
+    return TDistillConfig(**values)
 
 
 # Plain gradient descent with step length 1 and no clipping: the update is minus the gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,8 +38,8 @@ class IQLearn(Objective):
     loses its non-linear part only; with ``steps`` = d the argument of the non-linear part is the d-step residual.
 
     Attributes:
-        alpha: scale of φ, nats (χ²: the paper's α, 0.1 there); ``inf`` removes the temporal term (behaviour cloning
-            on the sets).
+        alpha: scale of φ, nats (χ²: the paper's α, 0.1 there). ``inf``, the default by measurement, removes the
+            temporal term: behaviour cloning on the sets.
         gamma: discount γ in [0, 1]. The paper: 0.99.
         coordinates: ``raw`` (Q = logits, as printed), ``max_set`` (Q = logits − their maximum over the set),
             ``value_head`` (Q = log proj_p π_Q + v with a scalar head v on the last hidden state, so V_p = v).
@@ -61,7 +62,7 @@ class IQLearn(Objective):
 
     name: ClassVar[str] = "iq_learn"
 
-    alpha: float = 100.0
+    alpha: float = math.inf
     gamma: float = 0.99
     coordinates: Coordinates = "value_head"
     first_order: Literal["sampled", "expected"] = "expected"
