@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,6 +77,11 @@ class HFTeacher:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
+    @property
+    def _cache_argument(self) -> str:
+        """What the model calls the cache that it goes on with: transformers 5.24 has renamed it."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
     @torch.inference_mode()
     def generate(self, requests: Sequence[tuple[PromptTokens, int]], settings: SamplingSettings) -> list[Trajectory]:
         """Sample one answer per (prompt, answer index) from the teacher truncated at p_max, as one batch.
@@ -94,7 +100,7 @@ class HFTeacher:
             decoded = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **({} if cache is None else {self._cache_argument: cache}),
                 generation_config=GenerationConfig(
                     **{
                         **self.model.generation_config.to_diff_dict(),
@@ -109,7 +115,7 @@ class HFTeacher:
             if len(keep):
                 grown = (0, decoded.sequences.shape[1] - mask.shape[1])
                 input_ids, mask = decoded.sequences[keep], torch.nn.functional.pad(mask, grown, value=1)[keep]
-                cache = decoded.past_key_values
+                cache = getattr(decoded, self._cache_argument)
                 cache.batch_select_indices(keep)
         return recorder.trajectories()
 
