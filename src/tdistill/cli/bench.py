@@ -126,9 +126,9 @@ def store(
 def capture(
     teacher: TeacherModel = TEACHER,
     gguf_file: GGUFFile = GGUF_FILE,
-    prompts: Annotated[int, typer.Option(help="Packaged prompts to capture.")] = 96,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 32,
+    prompts: Annotated[int, typer.Option(help="Packaged prompts to capture.")] = 48,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 24,
     rounds: Rounds = 5,
     output: Output = None,
     as_json: AsJson = False,
