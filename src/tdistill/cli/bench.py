@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,64 +48,26 @@ def _report(kind: str, measure: Callable[[], dict[str, Any]], output: Path | Non
     typer.echo(json.dumps(content) if as_json else performance_table(kind, content))
 
 
-@bench.command()
-def step(
-    teacher: TeacherModel = TEACHER,
-    gguf_file: GGUFFile = GGUF_FILE,
-    work: Work = WORK,
-    rounds: Rounds = 5,
-    output: Output = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time a training step against the transformer body alone and against what others run (10 minutes)."""
-    from tdistill.bench.step import measure
+def _on_workload(kind: str, what: str) -> None:
+    """Add a command whose measurement is of training steps."""
 
-    _report("step", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
-
-
-@bench.command()
-def memory(
-    teacher: TeacherModel = TEACHER,
-    gguf_file: GGUFFile = GGUF_FILE,
-    work: Work = WORK,
-    rounds: Rounds = 5,
-    output: Output = None,
-    as_json: AsJson = False,
-) -> None:
-    """Weigh a training step: peak resident memory of a process of its own (15 minutes)."""
-    from tdistill.bench.memory import measure
-
-    _report("memory", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
+    @bench.command(kind, help=what)
+    def measure_steps(
+        teacher: TeacherModel = TEACHER,
+        gguf_file: GGUFFile = GGUF_FILE,
+        work: Work = WORK,
+        rounds: Rounds = 5,
+        output: Output = None,
+        as_json: AsJson = False,
+    ) -> None:
+        module = import_module(f"tdistill.bench.{kind}")
+        _report(kind, lambda: module.measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
 
 
-@bench.command()
-def accuracy(
-    teacher: TeacherModel = TEACHER,
-    gguf_file: GGUFFile = GGUF_FILE,
-    work: Work = WORK,
-    rounds: Rounds = 5,
-    output: Output = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare the candidate kernel with float64, beside the dense float32 computation (2 minutes)."""
-    from tdistill.bench.accuracy import measure
-
-    _report("accuracy", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
-
-
-@bench.command()
-def scaling(
-    teacher: TeacherModel = TEACHER,
-    gguf_file: GGUFFile = GGUF_FILE,
-    work: Work = WORK,
-    rounds: Rounds = 5,
-    output: Output = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time the default step over a growing number of tokens (3 minutes)."""
-    from tdistill.bench.scaling import measure
-
-    _report("scaling", lambda: measure(_workload(teacher, gguf_file, work), rounds), output, as_json)
+_on_workload("step", "Time a step against the transformer body alone and against what others run (10 minutes).")
+_on_workload("memory", "Weigh a step: peak resident memory of a process of its own (15 minutes).")
+_on_workload("accuracy", "Compare the candidate kernel with float64, beside the dense float32 computation (5 minutes).")
+_on_workload("scaling", "Time the default step over a growing number of tokens (2 minutes).")
 
 
 @bench.command()
