@@ -42,6 +42,7 @@ bench-performance: .venv/.demo
 	for kind in step memory accuracy scaling capture; do \
 		$(BIN)/tdistill bench $$kind --output benchmarks/results/bench_$$kind.json || exit 1; done
 	$(BIN)/tdistill bench store $(STORE) --large --output benchmarks/results/bench_store.json
+	$(BIN)/python benchmarks/log_prob_bits.py $(STORE)/../.. benchmarks/results/log_prob_bits.json
 
 # docs/results.md and the table of README.md are made from the committed JSON alone.
 results: .venv/.dev

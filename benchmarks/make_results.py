@@ -94,6 +94,19 @@ def measurements() -> dict[str, Any]:
 def performance(text: str) -> str:
     """docs/performance.md with its tables made new."""
     found = measurements()
+    bits = RESULTS / "log_prob_bits.json"
+    if bits.is_file():
+        rows = json.loads(bits.read_text())["rows"]
+        lines = ["| objective | change of the loss | cosine of the gradients | between two micro-batches |"]
+        lines += ["|---|---:|---:|---:|"]
+        lines += [
+            f"| {row['objective']} | {row['loss_change']:.2%} | {row['gradient_cosine']:.5f} | "
+            f"{row['gradient_cosine_between_batches']:.2f} |"
+            for row in rows
+        ]
+        table = "\n".join(lines) + "\n"
+        block = f"<!-- bits -->\n{table}<!-- /bits -->"
+        text = re.sub("<!-- bits -->.*?<!-- /bits -->", lambda _: block, text, flags=re.DOTALL)
     for name in ("bars", *found):
         table = bars_table(found) if name == "bars" else performance_table(name, found[name])
         block = f"<!-- {name} -->\n{table}<!-- /{name} -->"
