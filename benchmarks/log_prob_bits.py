@@ -47,7 +47,8 @@ def loss_and_gradient(trainer: TDistillTrainer, rows: list[Trajectory]) -> tuple
     counts = torch.tensor([int(batch["has_action_N"].sum()), 0])
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    gradients = [p.grad.flatten().double() for p in trainer.model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(gradients)
 
 
 def main(run: Path, output: Path) -> None:
