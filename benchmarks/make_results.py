@@ -74,13 +74,12 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
 
 def readme(text: str) -> str:
     """README.md with its tables made new."""
-    table = markdown_table(read_results(RESULTS / "demo.json"))
-    block = f"<!-- results -->\n`make demo`, from `{RESULTS}/demo.json`:\n\n{table}<!-- /results -->"
-    text = re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
-    costs = (
-        f"<!-- costs -->\n`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}<!-- /costs -->"
-    )
-    return re.sub(r"<!-- costs -->.*<!-- /costs -->", lambda _: costs, text, flags=re.DOTALL)
+    demo = markdown_table(read_results(RESULTS / "demo.json"))
+    tables = {
+        "results": f"`make demo`, from `{RESULTS}/demo.json`:\n\n{demo}",
+        "costs": f"`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}",
+    }
+    return fill(text, tables)
 
 
 def measurements() -> dict[str, Any]:
@@ -91,30 +90,70 @@ def measurements() -> dict[str, Any]:
     return {kind: json.loads(path.read_text()) for kind, path in files.items() if path.is_file()}
 
 
-def performance(text: str) -> str:
-    """docs/performance.md with its tables made new."""
-    found = measurements()
-    bits = RESULTS / "log_prob_bits.json"
-    if bits.is_file():
-        rows = json.loads(bits.read_text())["rows"]
-        lines = ["| objective | change of the loss | cosine of the gradients | between two micro-batches |"]
-        lines += ["|---|---:|---:|---:|"]
-        lines += [
-            f"| {row['objective']} | {row['loss_change']:.2%} | {row['gradient_cosine']:.5f} | "
-            f"{row['gradient_cosine_between_batches']:.2f} |"
-            for row in rows
-        ]
-        table = "\n".join(lines) + "\n"
-        block = f"<!-- bits -->\n{table}<!-- /bits -->"
-        text = re.sub("<!-- bits -->.*?<!-- /bits -->", lambda _: block, text, flags=re.DOTALL)
-    for name in ("bars", *found):
-        table = bars_table(found) if name == "bars" else performance_table(name, found[name])
+def fill(text: str, tables: dict[str, str]) -> str:
+    """The text with a table between each pair of markers."""
+    for name, table in tables.items():
         block = f"<!-- {name} -->\n{table}<!-- /{name} -->"
-        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+        text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"The marker <!-- {name} --> must stand in the page once; it stands there {count} times.")
     return text
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def performance(text: str) -> str:
+    """docs/performance.md with its tables made new."""
+    found = measurements()
+    rows = json.loads((RESULTS / "log_prob_bits.json").read_text())["rows"]
+    bits = [
+        [r["objective"], f"{r['loss_change']:.2%}", f"{r['gradient_cosine']:.5f}", f"{r[_BETWEEN]:.2f}"] for r in rows
+    ]
+    head = ["objective", "change of the loss", "cosine of the gradients", "between two micro-batches"]
+    tables = {kind: performance_table(kind, content) for kind, content in found.items()}
+    return fill(text, {"bars": bars_table(found), "bits": table(head, bits), **tables})
+
+
+_BETWEEN = "gradient_cosine_between_batches"
+
+
+def store_format(text: str) -> str:
+    """docs/store-format.md with its tables made new."""
+    content = measurements()["store"]
+    size = {(r["p"], r["cap"], r["log_prob_bits"]): r for r in content["by_p_and_cap"]}
+    masses, caps = (sorted({key[i] for key in size}) for i in (0, 1))
+    sizes = [
+        [f"{p:g}"]
+        + [
+            f"{size[p, cap, 8][_BYTES]:.1f} / {size[p, cap, 16][_BYTES]:.1f} ({size[p, cap, 8]['mean_set_size']:.1f})"
+            for cap in caps
+        ]
+        for p in masses
+    ]
+    bytes_of: dict[str, dict[str, float]] = {}
+    for r in content["encodings"]:
+        if r["zstd_level"] == 19:
+            bytes_of.setdefault(f"`{r['column']}`: {r['representation']}", {})[r["encoding"]] = r[_BYTES]
+    names = list(next(iter(bytes_of.values())))
+    encodings = [[what, *(f"{found[name]:.1f}" for name in names)] for what, found in bytes_of.items()]
+    return fill(
+        text,
+        {
+            "sizes": table(["p", *(f"cap {cap}" for cap in caps)], sizes),
+            "encodings": table(["", *names], encodings),
+        },
+    )
+
+
+_BYTES = "bytes_per_response_token"
+
+
 if __name__ == "__main__":
-    write_atomically(Path("docs/performance.md"), performance(Path("docs/performance.md").read_text(encoding="utf-8")))
+    for path, made in ((Path("docs/performance.md"), performance), (Path("docs/store-format.md"), store_format)):
+        write_atomically(path, made(path.read_text(encoding="utf-8")))
     write_atomically(Path("docs/results.md"), page())
     write_atomically(Path("README.md"), readme(Path("README.md").read_text(encoding="utf-8")))

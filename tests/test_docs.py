@@ -34,6 +34,11 @@ def test_the_tables_of_the_performance_page_are_made_from_the_committed_json(mak
     assert "| bar | measured |" in text and text == make_results["performance"](text)
 
 
+def test_the_tables_of_the_store_format_are_made_from_the_committed_json(make_results):
+    text = Path("docs/store-format.md").read_text(encoding="utf-8")
+    assert "| p | cap 8 |" in text and text == make_results["store_format"](text)
+
+
 def test_the_recipe_in_the_readme_is_valid(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## A recipe of your own\n\n((?: {4}.*\n)+)", text)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def comparison_section(path: Path) -> str:
             f"all of its variants go on from there for {second['max_steps']} steps of "
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
             "unless the row names another. Means over seeds with 95 % intervals (Student's t) where there are several; "
-            "the differences are paired by seed. Held-out prompts unless a column says dev; divergences and losses in "
-            "nats per token.",
+            "the differences are paired by seed, so read a row of one seed by them. Held-out prompts unless a column "
+            "says dev; divergences and losses in nats per token.",
             "",
             f"Before the second phase: {start}.",
             "",
@@ -67,8 +68,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
     """One table per question; differences are paired by seed against the first row of the question."""
     rows = [row for row in content["rows"] if row["variant"] != "before"]
     columns = [name for name in COLUMNS if name in rows[0]["held_out"]]
-    head = ["", "seeds", "dev: KL, set and tail", *(COLUMNS[name] for name in columns), "KL less the first row's"]
-    head.append("s per step")
+    head = ["", "seeds", "dev: KL, set and tail", *(COLUMNS[name] for name in columns), "less the first row's: dev"]
+    head += ["KL(teacher‖student)", "s per step"]
     parts = []
     for title, names in QUESTIONS[content["scale"]].items():
         found = {name: _by_seed(rows, name) for name in names}
@@ -77,19 +78,28 @@ def comparison_tables(content: dict[str, Any]) -> str:
         for name, mine in found.items():
             if not mine:
                 continue
-            cells = [_shown(np.array([row["dev"]["kl_set_tail"] for row in mine.values()]))]
+            cells = [_shown(np.array([_dev_kl(row) for row in mine.values()]))]
             cells += [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
-            gaps = np.array([_kl(mine[seed]) - _kl(first[seed]) for seed in sorted(mine.keys() & first.keys())])
-            gap = "–" if name == names[0] or not len(gaps) else _shown(gaps)
+            gaps = ["–", "–"] if name == names[0] else [_gap(mine, first, kl) for kl in (_dev_kl, _kl)]
             taken = [row["step_with_rollouts_s"] for row in mine.values()]
             seconds = content.get("step_s", {}).get(name, np.median(taken))
-            lines.append("| " + " | ".join([name, str(len(mine)), *cells, gap, f"{seconds:.2f}"]) + " |")
+            lines.append("| " + " | ".join([name, str(len(mine)), *cells, *gaps, f"{seconds:.2f}"]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def _by_seed(rows: list[dict[str, Any]], variant: str) -> dict[int, dict[str, Any]]:
     return {row["seed"]: row for row in rows if row["variant"] == variant}
+
+
+def _gap(mine: dict[int, Any], first: dict[int, Any], kl: Callable[[dict[str, Any]], float]) -> str:
+    """Difference of the seeds that both have."""
+    gaps = np.array([kl(mine[seed]) - kl(first[seed]) for seed in sorted(mine.keys() & first.keys())])
+    return _shown(gaps) if len(gaps) else "–"
+
+
+def _dev_kl(row: dict[str, Any]) -> float:
+    return row["dev"]["kl_set_tail"]
 
 
 def _kl(row: dict[str, Any]) -> float:

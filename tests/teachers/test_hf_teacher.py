@@ -317,23 +317,6 @@ def test_an_answer_that_has_ended_takes_no_part_any_more(tiny_teacher, prompts, 
     assert num_rows[0] > num_rows[-1]
 
 
-def test_decoding_takes_what_the_processor_leaves_until_all_rows_have_ended(tiny_teacher, prompts):
-    end = tiny_teacher.end_token_ids[-1]
-    wanted = torch.tensor([[30, 31, end, 7], [40, end, 41, 7]])
-    widths = []
-
-    def force(input_ids, scores):
-        widths.append(input_ids.shape[1])
-        return scores.scatter_(1, wanted[:, len(widths) - 1, None], torch.inf)
-
-    two = [prompts[0].prompt_ids, prompts[1].prompt_ids]
-    pad = tiny_teacher.tokenizer.pad_token_id
-    assert tiny_teacher.decode(two, force, 9).tolist() == [[30, 31, end], [40, end, pad]]
-    assert widths == [max(map(len, two)) + step for step in range(3)]
-    widths.clear()
-    assert tiny_teacher.decode(two, force, 2).tolist() == [[30, 31], [40, end]]
-
-
 # ---- score ----
 
 

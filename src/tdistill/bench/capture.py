@@ -12,19 +12,17 @@ import numpy as np
 import torch
 from scipy.stats import linregress
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 from tdistill.bench.timing import interleaved_medians
 from tdistill.errors import ConfigError
+from tdistill.evaluation.batching import measured, pad
+from tdistill.evaluation.generation import decode
 from tdistill.store import Store
 from tdistill.store.capture import capture
 from tdistill.teachers.base import PromptTokens, SamplingSettings
 from tdistill.teachers.hf import HFTeacher
 from tdistill.types import Trajectory
-
-# Numbers of whole batches, from one to all of them, at which the growth of the time is measured.
-_NUM_SIZES = 4
 
 
 def measure(
@@ -33,10 +31,9 @@ def measure(
     """Time captures of ``prompts`` in both modes, and what else one would run for the same answers; medians, in turns.
 
     A capture here is all of it, the writing of the store included. *Plain generation* decodes the same answers in the
-    same batches with the same number of steps under a processor that forces the next known token. A capture decodes one
-    step more than its answers need where an answer was cut, for the state after its last token;
-    ``plain_generate_answers_s`` leaves that step out. The *plain forward pass* is the model's own, with logits at all
-    positions of prompts and answers.
+    same batches under a processor that forces the next known token; a capture decodes one step more where an answer was
+    cut, for the state after its last token. The *plain forward pass* is the model's own, with logits at all positions
+    of prompts and answers.
 
     Args:
         teacher: the teacher.
@@ -45,8 +42,8 @@ def measure(
         batch_size: answers that the teacher is asked for at once.
         rounds: timed rounds, after one that does not count.
     Returns:
-        ``capture_s``, ``plain_generate_s``, ``plain_generate_answers_s``, ``score_s`` and ``plain_forward_s``; the
-        ratios ``capture_per_plain_generate``, ``capture_per_plain_generate_answers`` and ``score_per_plain_forward``;
+        ``capture_s``, ``plain_generate_s``, ``score_s`` and ``plain_forward_s``; the ratios
+        ``capture_per_plain_generate`` and ``score_per_plain_forward``;
         ``response_tokens`` and ``response_tokens_per_s`` of the capture; ``wasted_row_steps``, the share of decoded
         rows whose answer had ended; ``growth`` with ``num_prompts``, ``capture_s`` for each and ``r_squared`` of the
         least-squares line through them.
@@ -59,36 +56,34 @@ def measure(
             "number cannot be measured. Use more prompts or a smaller batch_size."
         )
     asked = _Asked(teacher)
-    generated = _capture(asked, prompts, settings, batch_size)
+    generated = _captured(asked, prompts, settings, batch_size)
     replays = [_Replay(teacher, [generated[name] for name in batch]) for batch in asked.generated]
     given = [
         replace(prompt, response_ids=answer.response_ids, ends=answer.ends)
         for prompt in prompts
         for answer in [generated[prompt.prompt_id]]
     ]
-    _capture(asked, given, settings, batch_size, "score")
+    _captured(asked, given, settings, batch_size, "score")
     forwards = [[generated[name] for name in batch] for batch in asked.scored]
-    whole = len(prompts) // batch_size
-    sizes = (batch_size * np.unique(np.linspace(1, whole, min(whole, _NUM_SIZES)).astype(int))).tolist()
+    sizes = [batch_size * n for n in range(1, len(prompts) // batch_size)]
 
     seconds = interleaved_medians(
         {
             "capture": partial(_capture, teacher, prompts, settings, batch_size),
-            "plain_generate": lambda: [replay.run(replay.num_states) for replay in replays],
-            "plain_generate_answers": lambda: [replay.run(replay.num_tokens) for replay in replays],
+            "plain_generate": lambda: [replay.run() for replay in replays],
             "score": partial(_capture, teacher, given, settings, batch_size, "score"),
             "plain_forward": lambda: [_forward(teacher, batch) for batch in forwards],
             **{str(size): partial(_capture, teacher, prompts[:size], settings, batch_size) for size in sizes},
         },
         rounds,
     )
-    growth = [seconds.pop(str(size)) for size in sizes]
+    growth = [seconds.pop(str(size)) for size in sizes] + [seconds["capture"]]
+    sizes = [*sizes, len(prompts)]
     tokens = sum(len(answer.response_ids) for answer in generated.values())
-    row_steps = sum(len(replay.answers) * replay.num_states for replay in replays)
+    row_steps = sum(len(batch) * max(len(answer.sets) for answer in batch) for batch in forwards)
     return {
         **{f"{name}_s": value for name, value in seconds.items()},
         "capture_per_plain_generate": seconds["capture"] / seconds["plain_generate"],
-        "capture_per_plain_generate_answers": seconds["capture"] / seconds["plain_generate_answers"],
         "score_per_plain_forward": seconds["score"] / seconds["plain_forward"],
         "response_tokens": tokens,
         "response_tokens_per_s": tokens / seconds["capture"],
@@ -125,23 +120,38 @@ class _Asked:
         return self.teacher.score(requests, settings)
 
 
-def _capture(
+def _captured(
     teacher: Any, prompts: Sequence[PromptTokens], settings: SamplingSettings, batch_size: int, mode: Any = "generate"
 ) -> dict[str, Trajectory]:
-    """Capture into a folder that is removed at once."""
+    """What a capture stores, by prompt."""
     with tempfile.TemporaryDirectory() as folder:
-        store: Store = capture(
+        store = _capture(teacher, prompts, settings, batch_size, mode, folder)
+        answers = [store[row] for row in range(len(store))]
+    return {answer.prompt_id: answer for answer in answers}
+
+
+def _capture(
+    teacher: Any,
+    prompts: Sequence[PromptTokens],
+    settings: SamplingSettings,
+    batch_size: int,
+    mode: Any = "generate",
+    folder: str | None = None,
+) -> Store:
+    """Capture into a folder, or into one that is removed at once."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return capture(
             teacher,
             prompts,
-            folder,
+            folder or scratch,
             settings,
             mode=mode,
             batch_size=batch_size,
+            shard_prompts=len(prompts),
             tokenizer_sha256="",
             template=None,
             progress=False,
         )
-        return {store[row].prompt_id: store[row] for row in range(len(store))}
 
 
 class _Replay(LogitsProcessor):
@@ -150,8 +160,7 @@ class _Replay(LogitsProcessor):
     def __init__(self, teacher: HFTeacher, answers: Sequence[Trajectory]) -> None:
         self.teacher, self.answers = teacher, answers
         self.num_tokens = max(len(answer.response_ids) for answer in answers)
-        self.num_states = max(len(answer.sets) for answer in answers)
-        forced_BT = np.full((len(answers), self.num_states), teacher.end_token_ids[0])
+        forced_BT = np.full((len(answers), self.num_tokens), teacher.end_token_ids[0])
         for row, answer in enumerate(answers):
             forced_BT[row, : len(answer.response_ids)] = answer.response_ids
         self.forced = torch.from_numpy(forced_BT).to(teacher.model.device).unbind(1)
@@ -162,20 +171,19 @@ class _Replay(LogitsProcessor):
         self.step += 1
         return scores.scatter_(1, forced_B[:, None], torch.inf)
 
-    def run(self, num_steps: int) -> np.ndarray:
-        """Tokens, int64 [B, num_steps]. Copying them to the host waits for the accelerator."""
+    def run(self) -> np.ndarray:
+        """Tokens, int64 [B, steps]. Copying them to the host waits for the accelerator."""
         self.step = 0
-        return self.teacher.decode([answer.prompt_ids for answer in self.answers], self, num_steps).cpu().numpy()
+        prompts_ids = [answer.prompt_ids for answer in self.answers]
+        with measured(self.teacher.model):
+            return decode(self.teacher.model, prompts_ids, self.teacher.end_token_ids, self.num_tokens, self)
 
 
 @torch.inference_mode()
 def _forward(teacher: HFTeacher, answers: Sequence[Trajectory]) -> float:
     """One forward pass over prompts and answers, logits everywhere."""
-    rows = [torch.as_tensor(np.concatenate([a.prompt_ids, a.response_ids]), dtype=torch.long) for a in answers]
+    rows = [np.concatenate([answer.prompt_ids, answer.response_ids]) for answer in answers]
+    input_ids, mask = pad(rows, teacher.tokenizer.pad_token_id, side="right")
     device = teacher.model.device
-    logits_BTV = teacher.model(
-        input_ids=pad_sequence(rows, True, teacher.tokenizer.pad_token_id).to(device),
-        attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0).to(device),
-        use_cache=False,
-    ).logits
+    logits_BTV = teacher.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     return float(logits_BTV[0, -1, 0])

@@ -10,16 +10,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-ABSENT = {
-    "trl": "trl is not installed (pip install 'tdistill[bench]')",
-    "liger_kernel": "Liger's kernels are written in Triton and need a GPU",
-}
-
 
 def absent_peers() -> dict[str, str]:
-    """Peers that cannot run here → why."""
-    absent = {} if find_spec("trl") else {"trl_chunked": ABSENT["trl"], "trl_gkd": ABSENT["trl"]}
-    return absent if torch.cuda.is_available() else {**absent, "liger": ABSENT["liger_kernel"]}
+    """Peers that are not measured → why."""
+    trl = dict.fromkeys(("trl_chunked", "trl_gkd"), "trl is not installed: pip install 'tdistill[bench]'")
+    return {"liger": "its kernels are written in Triton, which has no CPU"} | ({} if find_spec("trl") else trl)
 
 
 def supervised(student: PreTrainedModel, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:

@@ -89,14 +89,14 @@ def store(
 def capture(
     teacher: TeacherModel = TEACHER,
     gguf_file: GGUFFile = GGUF_FILE,
-    prompts: Annotated[int, typer.Option(help="Packaged prompts to capture.")] = 48,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 24,
+    prompts: Annotated[int, typer.Option(help="Packaged prompts to capture.")] = 96,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 48,
     rounds: Rounds = 5,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time captures against plain generation of the same answers (10 minutes)."""
+    """Time captures against plain generation of the same answers (12 minutes)."""
     from tdistill.bench.capture import measure
     from tdistill.bench.workload import MAX_ACTIONS, P_MAX, packaged_prompts
     from tdistill.teachers.base import SamplingSettings

@@ -120,29 +120,6 @@ class HFTeacher:
         return recorder.trajectories()
 
     @torch.inference_mode()
-    def decode(self, prompts_ids: Sequence[np.ndarray], processor: LogitsProcessor, num_steps: int) -> Tensor:
-        """Take the likeliest token each time after ``processor``, which may leave no choice, as one batch.
-
-        Args:
-            prompts_ids: int [P] each, padded on the left to one width.
-            processor: sees the raw logits of each step, float32 [B, V], and may write to them.
-            num_steps: most tokens per row; fewer if all rows have produced an end token.
-        Returns:
-            int64 [B, steps]; what follows the first end token of a row is padding.
-        """
-        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in prompts_ids]
-        input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id, "left").to(self.model.device)
-        decoded = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=pad_sequence([torch.ones_like(r) for r in rows], True, 0, "left").to(self.model.device),
-            generation_config=GenerationConfig(
-                **{**self.model.generation_config.to_diff_dict(), "max_new_tokens": num_steps}
-            ),
-            logits_processor=LogitsProcessorList([processor]),
-        )
-        return decoded[:, input_ids.shape[1] :]
-
-    @torch.inference_mode()
     def score(self, requests: Sequence[PromptTokens], settings: SamplingSettings) -> list[Trajectory]:
         """Record the action sets along the given answers, as one batch; only response positions pass the head.
 
