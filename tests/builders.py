@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from tdistill.training.collate import STATS_FIELDS
 from tdistill.types import ActionSets, ActionStats, Ends, Trajectory
 
-FLOAT_FIELDS = ("q_M", "q_taken_N", "log_normaliser_N", "value_N", "q_max_N")
+FLOAT_FIELDS = ("q_M", "q_taken_N", "log_normaliser_N", "value_N", "q_max_N", "divergence_N")
 VOCAB_SIZE = 12
 
 
@@ -28,6 +28,9 @@ def random_state(rng: np.random.Generator, size: int, acts: bool = True) -> Stat
     teacher = (teacher - log_sum_exp(teacher))[:size]
     taken = int(rng.integers(size)) if acts else None
     every_logit = np.append(logits, rng.normal(size=3))
+    extra = np.random.default_rng(
+        rng.bit_generator.state["state"]["state"] % 2**63
+    )  # leaves the other draws as they are
     return State(
         logits=logits,
         teacher_log_probs=teacher,
@@ -36,6 +39,8 @@ def random_state(rng: np.random.Generator, size: int, acts: bool = True) -> Stat
         value_head=float(rng.normal()),
         q_max=float(every_logit.max()),
         teacher_log_sum_exp=float(rng.normal()),
+        divergence=float(extra.exponential()),
+        log_prob_sampled=float(-extra.exponential()),
         slow_logits=logits + rng.normal(size=size),
         slow_value_head=float(rng.normal()),
     )
@@ -99,6 +104,8 @@ def pack(episodes: list[Episode], dtype: torch.dtype = torch.float64) -> ActionS
         normaliser_support="vocabulary",
         value_N=floats(s.value_head for s in states),
         q_max_N=floats(s.q_max for s in states),
+        divergence_N=floats(s.divergence for s in states),
+        log_prob_sampled_N=floats(s.log_prob_sampled if e.from_student else 0.0 for e in episodes for s in e.states),
         vocab_size=VOCAB_SIZE,
     )
     if any(s.slow_logits is None for s in states):
@@ -112,6 +119,7 @@ def pack(episodes: list[Episode], dtype: torch.dtype = torch.float64) -> ActionS
         log_normaliser_N=None,
         normaliser_support=None,
         q_max_N=None,
+        divergence_N=None,
     )
     return replace(stats, target=slow)
 
@@ -208,6 +216,7 @@ def statistics(
         normaliser_support=support,  # type: ignore[arg-type]
         value_N=outputs.get("value_N"),
         q_max_N=outputs.get("q_max_N"),
+        divergence_N=outputs.get("divergence_N"),
         vocab_size=model.get_output_embeddings().weight.shape[0],
         full_support=full_support,
     )

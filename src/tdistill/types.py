@@ -84,6 +84,8 @@ class Trajectory:
             ``student`` (sampled from the student in training and scored; never in a store, which calls it given).
         sets: action sets of the T states before each response token, and of the state after the last token when
             truncated. A store with p_max = 1 keeps no lists: every set is empty there.
+        log_probs_sampled: float32 [T] log-probabilities of the response tokens under the policy that sampled them,
+            nats; only for ``student``.
     """
 
     prompt_id: str
@@ -93,6 +95,7 @@ class Trajectory:
     ends: Literal["terminal", "truncated"]
     source: Literal["teacher", "given", "student"]
     sets: ActionSets
+    log_probs_sampled: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ class ActionStats:
             ``has_action_N`` is false. None where the store lists no sets.
         teacher_log_sum_exp_N: log-sum-exp of the teacher's logits at the recorded temperature, nats, or None.
         from_student_N: bool, true in trajectories that the student sampled and the teacher scored; None for none.
+        divergence_N: the objective's divergence between the distributions of a teacher in memory and of the student,
+            over the tokens that both have, or None.
+        log_prob_sampled_N: log-probability that the policy which sampled an answer of the student gave the token
+            taken, nats; 0 in other answers. Or None.
         target: the same rows under a slow copy of the student, without gradient, or None.
         full_support: the action set is the whole vocabulary (p = 1): no slots are listed and the soft value is
             ``log_normaliser_N`` over the vocabulary.
@@ -141,6 +148,8 @@ class ActionStats:
     log_prob_taken_teacher_N: Tensor | None = None
     teacher_log_sum_exp_N: Tensor | None = None
     from_student_N: Tensor | None = None
+    divergence_N: Tensor | None = None
+    log_prob_sampled_N: Tensor | None = None
     target: ActionStats | None = None
     full_support: bool = False
 

@@ -15,7 +15,9 @@ from references.sets import log_sum_exp
 class State:
     """A state with its action set and the student's numbers on it.
 
-    ``taken`` is the slot of the action in the set; None where no action counts (bootstrap state, dropped transition).
+    ``divergence`` is what a teacher in memory gives, ``log_prob_sampled`` the log-probability under the policy that
+    sampled the action. ``taken`` is the slot of the action in the set; None where no action counts (bootstrap state,
+    dropped transition).
     """
 
     logits: np.ndarray
@@ -25,6 +27,8 @@ class State:
     value_head: float = 0.0
     q_max: float = 0.0
     teacher_log_sum_exp: float = 0.0
+    divergence: float = 0.0
+    log_prob_sampled: float = 0.0
     slow_logits: np.ndarray | None = None
     slow_value_head: float = 0.0
 

@@ -18,6 +18,8 @@ from tdistill.errors import ConfigError, RunFolderError, StoreError
 from tdistill.objectives import OBJECTIVES
 from tdistill.objectives.base import Objective, masked_sum, soft_q, teacher_rows
 from tdistill.store import Store
+from tdistill.teachers.base import SamplingSettings
+from tdistill.teachers.hf import HFTeacher, uniforms
 from tdistill.training import Rollouts, RolloutSettings, TDistillTrainer
 from tdistill.training.trainer import last_checkpoint
 from tdistill.types import ActionStats, LossOutput
@@ -206,3 +208,63 @@ def test_training_with_a_slow_copy_that_goes_on_ends_where_an_uninterrupted_one_
     Path(last_checkpoint(resumed.args.output_dir), "slow_copy.safetensors").unlink()
     with pytest.raises(RunFolderError, match="slow_copy"):
         train("broken", **common).train(resume_from_checkpoint=True)
+
+
+# ---- the teacher mixed into the policy that answers ----
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_log_probs_are_those_of_the_policy_that_sampled(
+    train, rollouts, tiny_teacher, load_start, tiny_tokenizer, weight
+):
+    """log (w π*(a|s) + (1 − w) π_Q(a|s)) of every token, from plain forward passes over each answer alone."""
+    trainer = train(rollouts=(made := rollouts(teacher_mix=weight)), objective="minillm", max_steps=1)
+    trainer.train()
+    start = load_start()
+    drawn = made._rounds[0]
+    for row in range(len(drawn.store)):
+        answer = drawn.answer(row)
+        ids = torch.from_numpy(np.concatenate([answer.prompt_ids, answer.response_ids]).astype(np.int64))[None]
+        places = torch.arange(len(answer.prompt_ids) - 1, ids.shape[1] - 1)
+        with torch.no_grad():
+            probs = [m(input_ids=ids).logits[0].double().softmax(-1)[places, ids[0, places + 1]]
+                     for m in (tiny_teacher.model, start)]  # fmt: skip
+        wanted = torch.log(weight * probs[0] + (1 - weight) * probs[1])
+        np.testing.assert_allclose(answer.log_probs_sampled, wanted.numpy(), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 12])
+def test_answers_are_drawn_from_the_mixture(tiny_teacher, load_start, tiny_prompt_files, tiny_tokenizer, batch_size):
+    """With the same uniform numbers: token by token from the inverse distribution function of the mixed policy."""
+    prompts = support.tiny_prompts(tiny_teacher, tiny_prompt_files["dev"], support.TINY_SAMPLING)[:12]
+    sampling = SamplingSettings(1.0, None, max_new_tokens=40, seed=5)
+    student = HFTeacher(load_start(), tiny_tokenizer, "student")
+    answers = []
+    for at in range(0, 12, batch_size):
+        batch = [(prompt, 0) for prompt in prompts[at : at + batch_size]]
+        answers += student.generate(batch, sampling, (tiny_teacher.model, 0.7))
+    assert len({len(answer.response_ids) for answer in answers}) > 1, "some rows end before others"
+    for answer in answers:
+        ids = torch.from_numpy(np.concatenate([answer.prompt_ids, answer.response_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            teacher, own = (
+                m(input_ids=ids).logits[0].double().softmax(-1) for m in (tiny_teacher.model, student.model)
+            )
+        mixed = (0.7 * teacher + 0.3 * own)[len(answer.prompt_ids) - 1 : -1].cumsum(-1).numpy()
+        for row, token, uniform in zip(
+            mixed, answer.response_ids, uniforms(sampling, answer.prompt_id, 0), strict=False
+        ):
+            below = row[token - 1] if token else 0.0
+            assert below - 1e-4 <= uniform <= row[token] + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_mix": 1.0}, r"rollouts.teacher_mix = 1.0 is outside \[0, 1\)"),
+        ({"teacher_mix": 0.2, "top_p": 0.9}, "needs temperature 1 and top_p 1"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RolloutSettings(**changes)

@@ -93,7 +93,8 @@ def capture(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = F
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train every phase on finished stores; the teacher is needed only by phases with rollouts."""
+    """Train every phase on finished stores; the teacher is needed only by phases with rollouts or with objectives that
+    compare whole distributions."""
     _stage(recipe, overrides, dry_run, lambda run: run.train())
 
 

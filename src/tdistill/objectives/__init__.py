@@ -8,20 +8,30 @@ from importlib.metadata import EntryPoint, entry_points
 import torch
 
 from tdistill.errors import ConfigError, did_you_mean
+from tdistill.objectives.alpha_beta import AlphaBeta
 from tdistill.objectives.base import Objective
 from tdistill.objectives.bellman_distill_authors import BellmanDistillAuthors
+from tdistill.objectives.distillm2 import DistiLLM2
+from tdistill.objectives.divergence import Divergence
+from tdistill.objectives.forward_kl import ForwardKL
+from tdistill.objectives.gkd import GKD
 from tdistill.objectives.iq_learn import IQLearn
 from tdistill.objectives.ls_iq import LSIQ
+from tdistill.objectives.minillm import MiniLLM
 from tdistill.objectives.off_support import OffSupport
 from tdistill.objectives.path_consistency import PathConsistency
+from tdistill.objectives.reverse_kl import ReverseKL
 from tdistill.objectives.sft import SFT
+from tdistill.objectives.skew_kl import SkewKL
 from tdistill.objectives.sqil import SQIL
 from tdistill.objectives.teacher_q import TeacherQ
+from tdistill.objectives.total_variation import TotalVariation
 from tdistill.types import ActionStats, Ends
 
 __all__ = [
     "OBJECTIVES",
     "SFT",
+    "Divergence",
     "IQLearn",
     "Objective",
     "OffSupport",
@@ -31,7 +41,11 @@ __all__ = [
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (IQLearn, SFT, PathConsistency, SQIL, LSIQ, TeacherQ, BellmanDistillAuthors)
+    cls.name: cls
+    for cls in (
+        *(IQLearn, PathConsistency, SQIL, LSIQ, TeacherQ, BellmanDistillAuthors),
+        *(SFT, ForwardKL, ReverseKL, GKD, SkewKL, DistiLLM2, AlphaBeta, TotalVariation, MiniLLM),
+    )
 }
 # Other packages add theirs under this group: name = "module:Class".
 ENTRY_POINT_GROUP = "tdistill.objectives"

@@ -28,6 +28,16 @@ class Objective:
         return True
 
     @property
+    def uses_off_support(self) -> bool:
+        """Whether the phase's off-support term is added to it."""
+        return self.uses_sets
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher in memory runs in each step; then it has ``terms`` as ``Divergence`` does."""
+        return False
+
+    @property
     def needs_value_head(self) -> bool:
         """Whether the student must carry a scalar value head."""
         return False
@@ -40,6 +50,11 @@ class Objective:
     @property
     def needs_rollouts(self) -> bool:
         """Whether it needs trajectories that the student sampled."""
+        return False
+
+    @property
+    def needs_log_probs_sampled(self) -> bool:
+        """Whether it reads how likely the student's answers were under the policy that sampled them."""
         return False
 
     @property
@@ -135,6 +150,19 @@ def expected_log_prob(stats: ActionStats, q: SoftQ) -> Tensor:
     """Σ_a proj_p π*(a|s) log proj_p π_Q(a|s), float [N], nats."""
     probs_M, _ = returns.teacher_probs(stats)
     return returns.sum_over_sets(probs_M * q.q_M, stats.offsets) - q.log_sum_N
+
+
+# Largest log of the student's mass on a set: keeps log(1 − mass) finite where a set is the whole support. Beyond it the
+# gradient is 0: an outside mass below 1e-6, from the difference of two float32 log-sum-exps, is rounding, and the
+# gradient of a smooth form would have a random direction there.
+_MAX_LOG_MASS = -1e-6
+
+
+def log_mass_inside_and_outside(stats: ActionStats) -> tuple[Tensor, Tensor]:
+    """Logarithms of the student's mass on the set and outside it, over the normaliser's support: float [N] each."""
+    assert stats.log_normaliser_N is not None
+    log_inside_N = (returns.soft_value(stats.q_M, stats.offsets) - stats.log_normaliser_N).clamp(max=_MAX_LOG_MASS)
+    return log_inside_N, torch.log(-torch.expm1(log_inside_N))
 
 
 def teacher_log_prob_taken(stats: ActionStats) -> Tensor:

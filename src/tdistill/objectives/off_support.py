@@ -9,12 +9,8 @@ import torch
 
 from tdistill import returns
 from tdistill.errors import DomainError
+from tdistill.objectives.base import log_mass_inside_and_outside
 from tdistill.types import ActionStats, LossOutput
-
-# Largest log of the student's mass on a set: keeps log(1 − mass) finite where a set is the whole support. Beyond it the
-# gradient is 0: an outside mass below 1e-6, from the difference of two float32 log-sum-exps, is rounding, and the
-# gradient of a smooth form would have a random direction there.
-_MAX_LOG_MASS = -1e-6
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,9 @@ class OffSupport:
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser of ``support``. Returns: the weighted sum over rows with an action, nats."""
-        assert stats.log_normaliser_N is not None
         _, mass_N = returns.teacher_probs(stats)
         mass_N = mass_N.clamp(max=1.0)
-        log_inside_N = (returns.soft_value(stats.q_M, stats.offsets) - stats.log_normaliser_N).clamp(max=_MAX_LOG_MASS)
-        log_outside_N = torch.log(-torch.expm1(log_inside_N))
+        log_inside_N, log_outside_N = log_mass_inside_and_outside(stats)
         term_N = -(mass_N * log_inside_N + (1 - mass_N) * log_outside_N)
         act_N = stats.has_action_N
         total = self.weight * term_N[act_N].sum()

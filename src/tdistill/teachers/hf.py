@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,17 +78,21 @@ class HFTeacher:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    @property
-    def _cache_argument(self) -> str:
-        """What the model calls the cache that it goes on with: transformers 5.24 has renamed it."""
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-
     @torch.inference_mode()
-    def generate(self, requests: Sequence[tuple[PromptTokens, int]], settings: SamplingSettings) -> list[Trajectory]:
+    def generate(
+        self,
+        requests: Sequence[tuple[PromptTokens, int]],
+        settings: SamplingSettings,
+        mix: tuple[PreTrainedModel, float] | None = None,
+    ) -> list[Trajectory]:
         """Sample one answer per (prompt, answer index) from the teacher truncated at p_max, as one batch.
 
         The state after the last token of a cut answer is recorded too, which costs one decoding step more.
 
+        Args:
+            requests: prompts and answer indices.
+            settings: how answers are drawn and sets are cut.
+            mix: another model and the weight of its policy; what is drawn from and recorded is then the mixture.
         Raises:
             TeacherLogitsError: NaN or infinite logits; names the prompt.
         """
@@ -96,11 +101,13 @@ class HFTeacher:
         input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id, "left").to(self.model.device)
         mask = pad_sequence([torch.ones_like(r) for r in rows], True, 0, "left").to(self.model.device)
         cache: Any = None
+        cache_argument = _cache_argument(self.model)
+        mixture = None if mix is None else _Mixture(*mix, mask, len(self.tokenizer), settings.temperature)
         while len(recorder.alive):
             decoded = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                **({} if cache is None else {self._cache_argument: cache}),
+                **({} if cache is None else {cache_argument: cache}),
                 generation_config=GenerationConfig(
                     **{
                         **self.model.generation_config.to_diff_dict(),
@@ -108,15 +115,17 @@ class HFTeacher:
                         "return_dict_in_generate": True,
                     }
                 ),
-                logits_processor=LogitsProcessorList([recorder]),
+                logits_processor=LogitsProcessorList([recorder] if mixture is None else [mixture, recorder]),
                 stopping_criteria=StoppingCriteriaList([_FewRowsLeft(recorder)]),
             )
             keep = torch.from_numpy(recorder.compact()).to(self.model.device)
             if len(keep):
                 grown = (0, decoded.sequences.shape[1] - mask.shape[1])
                 input_ids, mask = decoded.sequences[keep], torch.nn.functional.pad(mask, grown, value=1)[keep]
-                cache = getattr(decoded, self._cache_argument)
+                cache = getattr(decoded, cache_argument)
                 cache.batch_select_indices(keep)
+                if mixture is not None:
+                    mixture.select(keep)
         return recorder.trajectories()
 
     @torch.inference_mode()
@@ -232,6 +241,49 @@ class _Recorder(LogitsProcessor):
                 self.requests, self.taken_BT, num_states_B, _split(sets, num_states_B), strict=True
             )
         ]
+
+
+class _Mixture(LogitsProcessor):
+    """Logits of (1 − w) · softmax(scores) + w · the policy of another model with the same tokenizer."""
+
+    def __init__(
+        self, model: PreTrainedModel, weight: float, mask: Tensor, num_tokens: int, temperature: float
+    ) -> None:
+        self.model, self.weight, self.mask = model, weight, mask
+        self.num_tokens, self.temperature = num_tokens, temperature
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen = 0 if self.cache is None else self.cache.get_seq_length()
+        self.mask = torch.nn.functional.pad(self.mask, (0, input_ids.shape[1] - self.mask.shape[1]), value=1)
+        name = _cache_argument(self.model.base_model)
+        out = self.model.base_model(
+            input_ids=input_ids[:, seen:],
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, seen:],
+            use_cache=True,
+            **({} if self.cache is None else {name: self.cache}),
+        )
+        self.cache = getattr(out, name)
+        other = output_head(self.model).logits(out.last_hidden_state[:, -1])[:, : self.num_tokens]
+        own, other = (
+            (logits.float() / self.temperature).log_softmax(-1) for logits in (scores[:, : self.num_tokens], other)
+        )
+        mixed = torch.logaddexp(own + math.log1p(-self.weight), other + math.log(self.weight)) * self.temperature
+        # Columns that only pad the vocabulary are never drawn.
+        return torch.full_like(scores, -torch.inf).index_copy_(
+            1, torch.arange(mixed.shape[1], device=mixed.device), mixed.to(scores.dtype)
+        )
+
+    def select(self, keep: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self.mask = self.mask[keep]
+        self.cache.batch_select_indices(keep)
+
+
+def _cache_argument(model: Any) -> str:
+    """What a model calls the cache that it goes on with: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _FewRowsLeft(StoppingCriteria):

@@ -20,6 +20,7 @@ STATS_FIELDS = (
     "log_prob_taken_teacher_N",
     "teacher_log_sum_exp_N",
     "from_student_N",
+    "log_prob_sampled_N",
     "sequence_N",
     "has_action_N",
     "ends_N",
@@ -87,6 +88,13 @@ class PackedCollator:
         acts_N = rank_N < num_taken_B[sequence_N]
         taken_N = np.zeros(len(sequence_N), dtype=np.int64)
         taken_N[acts_N] = np.concatenate([t.response_ids for t in trajectories])
+        log_prob_sampled_N = np.zeros(len(sequence_N), dtype=np.float32)
+        log_prob_sampled_N[acts_N] = np.concatenate(
+            [
+                np.zeros(len(t.response_ids)) if t.log_probs_sampled is None else t.log_probs_sampled
+                for t in trajectories
+            ]
+        )
 
         stored_N = np.concatenate([np.diff(own.offsets) for own in sets])
         ids_M = np.concatenate([own.ids for own in sets])
@@ -123,6 +131,7 @@ class PackedCollator:
             "log_prob_taken_teacher_N": np.where(acts_N, log_prob_taken_N, 0.0).astype(np.float32),
             "teacher_log_sum_exp_N": np.concatenate([own.log_sum_exp for own in sets]),
             "from_student_N": np.array([t.source == "student" for t in trajectories])[sequence_N],
+            "log_prob_sampled_N": log_prob_sampled_N,
             "taken_N": taken_N,
             "sequence_N": sequence_N,
             "has_action_N": acts_N,

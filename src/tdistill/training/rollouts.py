@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from tdistill.errors import ConfigError, StoreError
 from tdistill.prompts import tokenizer_sha256
@@ -17,6 +19,7 @@ from tdistill.store import Store
 from tdistill.store.capture import capture
 from tdistill.teachers.base import SamplingSettings, Teacher
 from tdistill.teachers.hf import HFTeacher
+from tdistill.training.collate import PackedCollator
 from tdistill.types import PromptTokens, Trajectory
 
 
@@ -32,6 +35,8 @@ class RolloutSettings:
         replay: share of them that is drawn from all earlier rounds; the others come from the newest round.
         temperature: the student's logits are divided by it.
         top_p: the student is truncated to this mass when it samples.
+        teacher_mix: weight in [0, 1) of the teacher's policy in the one that answers are sampled from, the teacher
+            running beside the student (MiniLLM, arXiv 2306.08543, eq. 6: 0.2); needs temperature 1 and top_p 1.
         batch_size: answers generated and scored at once.
         seed: every random number is a function of (seed, round, prompt, position) or (seed, step) alone.
     """
@@ -43,6 +48,7 @@ class RolloutSettings:
     replay: float = 0.5
     temperature: float = 1.0
     top_p: float = 1.0
+    teacher_mix: float = 0.0
     batch_size: int = 32
     seed: int = 0
 
@@ -58,10 +64,41 @@ class RolloutSettings:
                 raise ConfigError(f"rollouts.{name} = {value} is outside {'(' if low_open else '['}0, 1].")
         if not self.temperature > 0:
             raise ConfigError(f"rollouts.temperature = {self.temperature} must be positive.")
+        if not 0 <= self.teacher_mix < 1:
+            raise ConfigError(f"rollouts.teacher_mix = {self.teacher_mix} is outside [0, 1). The paper uses 0.2.")
+        if self.teacher_mix > 0 and not self.samples_plainly:
+            raise ConfigError(
+                f"rollouts.teacher_mix = {self.teacher_mix} needs temperature 1 and top_p 1; they are "
+                f"{self.temperature} and {self.top_p}."
+            )
+
+    @property
+    def samples_plainly(self) -> bool:
+        """Whether answers are sampled from the whole policy, as importance weights take it."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
     def share_at(self, step: int) -> float:
         """Share of the student's trajectories at an optimizer step, counted from 0."""
         return self.share if step >= self.ramp_steps else self.share * (step + 1) / self.ramp_steps
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One round's store, and log-probabilities of all its tokens under the policy that sampled them, if kept."""
+
+    store: Store
+    log_probs: np.ndarray | None
+
+    def answer(self, row: int) -> Trajectory:
+        trajectory = replace(self.store[row], source="student")
+        if self.log_probs is None:
+            return trajectory
+        start = int(self.store.response_lengths[:row].sum())
+        return replace(trajectory, log_probs_sampled=self.log_probs[start : start + len(trajectory.response_ids)])
+
+
+def _log_probs_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}-log-probs.safetensors")
 
 
 class Rollouts:
@@ -76,7 +113,13 @@ class Rollouts:
         load_teacher: returns a teacher that can score; called once per round, so that it need not stay in memory.
         sampling: p_max, cap and temperature of the recorded sets, and the length limit of an answer.
         template: names the prompt template, any JSON value.
+
+    Attributes:
+        keeps_log_probs: whether a round keeps the log-probabilities of its tokens under the policy that sampled them,
+            which costs one forward pass of the student.
     """
+
+    keeps_log_probs: bool = False
 
     def __init__(
         self,
@@ -88,8 +131,8 @@ class Rollouts:
     ) -> None:
         self.settings, self.prompts, self.load_teacher = settings, prompts, load_teacher
         self.sampling, self.template = sampling, template
-        self._stores: dict[Path, Store] = {}
-        self._rounds: list[Store] = []
+        self._stores: dict[Path, _Round] = {}
+        self._rounds: list[_Round] = []
 
     def prepare(self, step: int, model: Any, tokenizer: Any, folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
         """Make the round that is due at a step, and open those before it.
@@ -112,7 +155,8 @@ class Rollouts:
                         f"Step {step} needs the student's answers in {path}, which is gone. Start again from a "
                         f"checkpoint at a multiple of {self.settings.every} steps, or train anew."
                     )
-                self._stores[path] = Store.open(path)
+                log_probs = load_file(_log_probs_path(path))["log_probs"].numpy() if self.keeps_log_probs else None
+                self._stores[path] = _Round(Store.open(path), log_probs)
         self._rounds = [self._stores[path] for path in wanted]
 
     def mix(self, trajectories: Sequence[Trajectory], step: int, micro_batch: int, rank: int = 0) -> list[Trajectory]:
@@ -123,10 +167,10 @@ class Rollouts:
 
     def _draw(self, rng: np.random.Generator) -> Trajectory:
         *earlier, newest = self._rounds
-        store = newest
+        chosen = newest
         if earlier and rng.random() < self.settings.replay:
-            store = earlier[int(rng.integers(len(earlier)))]
-        return replace(store[int(rng.integers(len(store)))], source="student")
+            chosen = earlier[int(rng.integers(len(earlier)))]
+        return chosen.answer(int(rng.integers(len(chosen.store))))
 
     def _path(self, folder: Path, number: int, rank: int) -> Path:
         return folder / "rollouts" / f"round-{number:05d}" / f"rank-{rank}"
@@ -139,9 +183,10 @@ class Rollouts:
                 f"rollouts.prompts_per_round: {num_prompts} prompts cannot be shared out to {num_ranks} processes."
             )
         chosen = np.sort(rng.choice(len(self.prompts), num_prompts, replace=False))[rank::num_ranks]
-        answers = self._answers([self.prompts[i] for i in chosen], number, model, tokenizer)
-        capture(
-            self.load_teacher(),
+        teacher = self.load_teacher()
+        answers = self._answers([self.prompts[i] for i in chosen], number, model, tokenizer, teacher)
+        store = capture(
+            teacher,
             answers,
             path,
             self.sampling,
@@ -151,19 +196,47 @@ class Rollouts:
             template=self.template,
             progress=False,
         )
+        if self.keeps_log_probs:
+            log_probs = np.concatenate(self._log_probs(store, model, tokenizer))
+            save_file({"log_probs": torch.from_numpy(log_probs)}, _log_probs_path(path))
 
-    def _answers(self, prompts: Sequence[PromptTokens], number: int, model: Any, tokenizer: Any) -> list[PromptTokens]:
+    def _log_probs(self, store: Store, model: Any, tokenizer: Any) -> list[np.ndarray]:
+        """Log-probabilities of the tokens of each answer under the policy that sampled them, in the store's order."""
+        was_training = model.training
+        weight, found = self.settings.teacher_mix, []
+        model.eval()
+        for at in range(0, len(store), self.settings.batch_size):
+            rows = [store[i] for i in range(at, min(at + self.settings.batch_size, len(store)))]
+            batch = PackedCollator(tokenizer.pad_token_id or 0)(rows)
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                out = model(**inputs)
+            own_N = out["q_taken_N"] - out["log_normaliser_N"]
+            if weight > 0:
+                teachers_N = inputs["log_prob_taken_teacher_N"] + math.log(weight)
+                own_N = torch.logaddexp(own_N + math.log1p(-weight), teachers_N)
+            taken = own_N[inputs["has_action_N"]].float().cpu().numpy()
+            found += np.split(taken, np.cumsum([len(row.response_ids) for row in rows])[:-1])
+        model.train(was_training)
+        return found
+
+    def _answers(
+        self, prompts: Sequence[PromptTokens], number: int, model: Any, tokenizer: Any, teacher: Teacher
+    ) -> list[PromptTokens]:
         """Sample one answer per prompt from the student."""
         settings = SamplingSettings(
             self.settings.top_p, None, self.settings.temperature, self.sampling.max_new_tokens, self.settings.seed
         )
         was_training, generation = model.training, model.generation_config
         student = HFTeacher(model, tokenizer, "the student in training")
+        mix = None
+        if self.settings.teacher_mix > 0:
+            mix = (teacher.model, self.settings.teacher_mix)  # type: ignore[attr-defined]
         answers = []
         try:
             for at in range(0, len(prompts), self.settings.batch_size):
                 batch = prompts[at : at + self.settings.batch_size]
-                answers += student.generate([(prompt, number) for prompt in batch], settings)
+                answers += student.generate([(prompt, number) for prompt in batch], settings, mix)
         finally:
             model.generation_config = generation
             model.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
 from typing import Any, Literal
@@ -12,9 +13,34 @@ from transformers import PreTrainedModel
 
 from tdistill.head import check_head, output_head
 from tdistill.kernels.chunked import normaliser_and_argmax, normaliser_and_pairs
+from tdistill.kernels.dense import Terms, dense_sums
 from tdistill.kernels.dispatch import Support, student_statistics
 
 VALUE_HEAD = "value_head"
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher in memory, and what is made of its distribution and the student's at each position.
+
+    Attributes:
+        model: causal language model with the student's tokenizer.
+        terms: summand over the tokens.
+        num_tokens: tokens of the tokenizer, or None for all that both models have.
+    """
+
+    model: PreTrainedModel
+    terms: Terms
+    num_tokens: int | None = None
+
+    @torch.no_grad()
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states at the packed positions, [N, E]; plain text, which comes last, is not read."""
+        answers = slice(int(inputs["sequence_N"][-1]) + 1)
+        hidden_BTE = self.model.base_model(
+            input_ids=inputs["input_ids"][answers], attention_mask=inputs["attention_mask"][answers], use_cache=False
+        ).last_hidden_state
+        return hidden_BTE.flatten(0, 1)[inputs["position_index_N"]]
 
 
 def add_value_head(model: PreTrainedModel) -> None:
@@ -32,6 +58,7 @@ def attach_statistics(
     support: Support | None,
     q_max: bool = False,
     kernel: Literal["candidates", "reference"] = "candidates",
+    teacher: LiveTeacher | None = None,
 ) -> None:
     """Let this instance's forward return statistics when it is given packed positions.
 
@@ -44,6 +71,8 @@ def attach_statistics(
         support: tokens of the log-normaliser in training mode.
         q_max: whether to return the largest logit over the vocabulary in training mode.
         kernel: see :func:`tdistill.kernels.dispatch.student_statistics`.
+        teacher: in training mode, ``divergence_N`` and the log-normaliser are then those of
+            :func:`tdistill.kernels.dense.dense_sums`, from its hidden states ``teacher_hidden_NE`` in the inputs.
     Raises:
         UnsupportedModelError: the head would be computed wrongly.
     """
@@ -73,6 +102,16 @@ def attach_statistics(
             q_max=q_max and self.training,
             kernel=kernel,
         )
+        if teacher is not None and self.training:
+            out["divergence_N"], out["log_normaliser_N"] = dense_sums(
+                hidden_ND,
+                head,
+                inputs["teacher_hidden_NE"],
+                output_head(teacher.model),
+                inputs["from_student_N"],
+                teacher.terms,
+                teacher.num_tokens,
+            )
         value_head = getattr(self, VALUE_HEAD, None)
         if value_head is not None:
             # In the precision of its weights: float32, unless a wrapper or the caller has changed it.

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, UnsupportedModelError
-from tdistill.head import output_head
+from tdistill.head import check_head, output_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
 from tdistill.prompts import check_same_tokenizer, check_vocabulary
@@ -30,7 +30,7 @@ from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
 from tdistill.training.rollouts import Rollouts
 from tdistill.training.slow_copy import SlowCopy
-from tdistill.training.student import VALUE_HEAD, add_value_head, attach_statistics
+from tdistill.training.student import VALUE_HEAD, LiveTeacher, add_value_head, attach_statistics
 from tdistill.types import ActionStats
 
 
@@ -69,6 +69,7 @@ class TDistillTrainer(Trainer):
         peft_config: adapter to train instead of all weights, or None.
         text_dataset: token sequences of plain text for the language-modelling term, or None.
         rollouts: the student's own answers to mix in, or None.
+        teacher: the model that the store was captured from, for objectives that need it in memory; others leave it out.
         **kwargs: passed to transformers.Trainer (callbacks, optimizers, …).
     Raises:
         ProbabilityRangeError: p above the store's p_max.
@@ -92,6 +93,7 @@ class TDistillTrainer(Trainer):
         peft_config: Any = None,
         text_dataset: Sequence[np.ndarray] | None = None,
         rollouts: Rollouts | None = None,
+        teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective, self.off_support = args.build_objective(), args.build_off_support()
@@ -101,10 +103,23 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings learns from the student's own answers; "
                 "give the phase `rollouts`."
             )
+        if self.objective.needs_log_probs_sampled:
+            assert rollouts is not None
+            if not rollouts.settings.samples_plainly:
+                raise ConfigError(
+                    f"The objective '{self.objective.name}' weighs the student's answers by their probabilities; set "
+                    "rollouts.temperature and rollouts.top_p to 1."
+                )
+            rollouts.keeps_log_probs = True
+        if self.objective.needs_teacher and teacher is None:
+            raise ConfigError(
+                f"The objective '{self.objective.name}' with these settings compares whole distributions; give the "
+                "trainer `teacher`, or set source to store."
+            )
         for store in filter(None, (train_dataset, eval_dataset)):
             self._check_store(store, args, processing_class, model)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
-        self.uses_off_support = self.objective.uses_sets and self.off_support.kind != "none"
+        self.uses_off_support = self.objective.uses_off_support and self.off_support.kind != "none"
         if self.full_support and self.uses_off_support:
             raise ConfigError("off_support has nothing to act on at p = 1; set it to none.")
         self.support = "vocabulary" if self.full_support else self.objective.support
@@ -117,7 +132,15 @@ class TDistillTrainer(Trainer):
 
         if self.objective.needs_value_head and not hasattr(model, VALUE_HEAD):
             add_value_head(model)
-        attach_statistics(model, support=self.support, q_max=self.objective.needs_q_max, kernel=args.kernel)
+        self.teacher = self._live_teacher(teacher, processing_class)
+        attach_statistics(
+            model,
+            # With a teacher in memory the dense kernel gives the normaliser too.
+            support=None if self.teacher else self.support,
+            q_max=self.objective.needs_q_max,
+            kernel=args.kernel,
+            teacher=self.teacher,
+        )
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
         if peft_config is not None:
             model = self._with_adapter(model, peft_config)
@@ -143,6 +166,8 @@ class TDistillTrainer(Trainer):
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
         if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError("Rollouts and slow copies need whole weights in each process; train without sharding.")
+        if self.teacher is not None:
+            self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
         if self.slow_copy is not None:
             self.slow_copy.model.to(self.args.device)
             self.add_callback(self.slow_copy)
@@ -253,7 +278,10 @@ class TDistillTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _statistics(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[ActionStats, dict[str, Tensor]]:
-        outputs = model(**inputs)
+        extra = {}
+        if self.teacher is not None and model.training:
+            extra["teacher_hidden_NE"] = self.teacher.hidden(inputs)
+        outputs = model(**inputs, **extra)
         stats = ActionStats(
             **{name: inputs[name] for name in STATS_FIELDS},
             q_M=outputs["q_M"],
@@ -262,6 +290,7 @@ class TDistillTrainer(Trainer):
             normaliser_support=self.support if model.training else "vocabulary",
             value_N=outputs.get("value_N"),
             q_max_N=outputs.get("q_max_N"),
+            divergence_N=outputs.get("divergence_N"),
             vocab_size=self._vocab_size,
             full_support=self.full_support,
         )
@@ -372,6 +401,15 @@ class TDistillTrainer(Trainer):
         if tokenizer is not None:
             check_same_tokenizer(store.identity["tokenizer_sha256"], tokenizer, str(store.path))
             check_vocabulary(model.get_output_embeddings().weight.shape[0], tokenizer, "the student")
+
+    def _live_teacher(self, teacher: PreTrainedModel | None, tokenizer: Any) -> LiveTeacher | None:
+        if not self.objective.needs_teacher:
+            return None
+        assert teacher is not None
+        check_head(teacher)
+        terms = self.objective.terms  # type: ignore[attr-defined]
+        frozen = teacher.eval().requires_grad_(False)
+        return LiveTeacher(frozen, terms, None if tokenizer is None else len(tokenizer))
 
     def _with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
         from peft import get_peft_model

@@ -1,0 +1,217 @@
+"""Divergences from the store and from a teacher in memory: printed formulas, limits, TRL, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from builders import pack, random_episodes, with_leaves
+from references import divergences as printed
+
+from tdistill.errors import DomainError
+from tdistill.head import OutputHead
+from tdistill.kernels.dense import dense_sums
+from tdistill.objectives.alpha_beta import AlphaBeta
+from tdistill.objectives.distillm2 import DistiLLM2
+from tdistill.objectives.divergence import Divergence
+from tdistill.objectives.forward_kl import ForwardKL
+from tdistill.objectives.gkd import GKD
+from tdistill.objectives.iq_learn import IQLearn
+from tdistill.objectives.minillm import MiniLLM
+from tdistill.objectives.off_support import OffSupport
+from tdistill.objectives.reverse_kl import ReverseKL
+from tdistill.objectives.skew_kl import SkewKL
+from tdistill.objectives.total_variation import TotalVariation
+
+FORMULAS = {
+    ForwardKL(): printed.kl,
+    ReverseKL(): lambda p, q: printed.kl(q, p),
+    GKD(beta=0.3): lambda p, q: printed.jsd(p, q, 0.3),
+    SkewKL(skew=0.1): lambda p, q: printed.skewed(p, q, 0.1),
+    SkewKL(skew=0.4, direction="reverse"): lambda p, q: printed.skewed(q, p, 0.4),
+    AlphaBeta(alpha=0.2, beta=0.7): lambda p, q: printed.alpha_beta(p, q, 0.2, 0.7),
+    AlphaBeta(alpha=-0.4, beta=1.1): lambda p, q: printed.alpha_beta(p, q, -0.4, 1.1),
+    TotalVariation(): printed.total_variation,
+}
+every_divergence = pytest.mark.parametrize("loss", FORMULAS, ids=str)
+# Minimisers of every one of them; minillm's loss is a policy gradient and no divergence.
+MEMBERS = [*FORMULAS, GKD(beta=0.0), GKD(beta=1.0), AlphaBeta(alpha=1.0, beta=0.0), DistiLLM2()]
+
+
+@every_divergence
+def test_from_the_store_it_is_the_printed_divergence_of_set_and_tail(loss):
+    episodes = random_episodes(21)
+    wanted = math.fsum(
+        FORMULAS[loss](*printed.set_and_tail(state))
+        for episode in episodes
+        for state in episode.states
+        if state.taken is not None
+    )
+    assert float(loss(pack(episodes)).loss) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_by_hand():
+    """Teacher (½, ¼ | ¼ outside), student (¼, ¼ | ½ outside)."""
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    log_p, log_q = torch.tensor(np.log(p)), torch.tensor(np.log(q))
+    no = torch.zeros(3, dtype=torch.bool)
+    by_hand = {
+        ForwardKL(): 0.25 * math.log(2),  # ½ ln 2 + 0 − ¼ ln 2
+        ReverseKL(): 0.25 * math.log(2),  # −¼ ln 2 + 0 + ½ ln 2
+        TotalVariation(): 0.25,
+        # m = (3/8, ¼, 3/8): both KL are ½ ln 4/3 + ¼ ln 2/3
+        GKD(): 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3),
+        # λ = ½ has the same m
+        SkewKL(skew=0.5): 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3),
+        # α = β = 1: half the squared distance: (1/16 + 1/16)/2
+        AlphaBeta(alpha=1.0, beta=1.0): 1 / 16,
+    }
+    for loss, wanted in by_hand.items():
+        assert float(loss.terms(log_p, log_q, no).sum()) == pytest.approx(wanted, rel=1e-12), loss
+
+
+@pytest.mark.parametrize("loss", MEMBERS, ids=str)
+def test_a_student_that_is_the_teacher_has_neither_loss_nor_gradient(loss):
+    log_probs = torch.randn(5, 7, dtype=torch.float64).log_softmax(-1)
+    logits = log_probs.clone().requires_grad_()
+    from_student = torch.tensor([True, False, True, False, False])[:, None]
+    total = loss.terms(log_probs, logits.log_softmax(-1), from_student).sum()
+    total.backward()
+    assert float(total) == pytest.approx(0, abs=1e-12)
+    assert float(logits.grad.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("loss", MEMBERS, ids=str)
+def test_any_other_student_has_a_loss(loss):
+    log_probs, other = torch.randn(2, 50, 7, dtype=torch.float64).log_softmax(-1)
+    for from_student in (False, True):
+        terms = loss.terms(log_probs, other, torch.full((50, 1), from_student))
+        assert float(terms.sum(-1).min()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("special", "general"),
+    [
+        (ForwardKL(), GKD(beta=0.0)),
+        (ReverseKL(), GKD(beta=1.0)),
+        (ForwardKL(), SkewKL(skew=0.0)),
+        (ReverseKL(), SkewKL(skew=0.0, direction="reverse")),
+        (ForwardKL(), AlphaBeta(alpha=1.0, beta=0.0)),
+        (ReverseKL(), AlphaBeta(alpha=0.0, beta=1.0)),
+        (SkewKL(), DistiLLM2()),
+    ],
+    ids=str,
+)
+def test_limits(special, general):
+    stats = pack(random_episodes(22))
+    assert float(general(stats).loss) == pytest.approx(float(special(stats).loss), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "near", "scale"),
+    [
+        # Small β: KL(π*‖m) is of second order and β KL(π*‖π_Q) remains. Likewise at the other end.
+        (ForwardKL(), GKD(beta=1e-6), 1e-6),
+        (ReverseKL(), GKD(beta=1 - 1e-6), 1e-6),
+        (ForwardKL(), SkewKL(skew=1e-7), 1),
+        (ForwardKL(), AlphaBeta(alpha=1.0, beta=1e-7), 1),
+        (ReverseKL(), AlphaBeta(alpha=1e-7, beta=1.0), 1),
+    ],
+    ids=str,
+)
+def test_limits_are_approached(limit, near, scale):
+    stats = pack(random_episodes(23))
+    assert float(near(stats).loss) / scale == pytest.approx(float(limit(stats).loss), rel=1e-3)
+
+
+def test_distillm2_is_the_skewed_pair():
+    stats = pack(random_episodes(24, with_student=True))
+    own = stats.from_student_N
+    forward = SkewKL(skew=0.2)(replace(stats, has_action_N=stats.has_action_N & ~own)).loss
+    reverse = SkewKL(skew=0.2, direction="reverse")(replace(stats, has_action_N=stats.has_action_N & own)).loss
+    found = DistiLLM2(skew=0.2, student_weight=0.7)(stats).loss
+    assert float(found) == pytest.approx(float(forward + 0.7 * reverse), rel=1e-12)
+
+
+def test_forward_kl_of_set_and_tail_is_the_truncated_first_order_term_and_the_tail():
+    """Σ_A π* log π_Q splits into Z (E log proj_p π_Q + log P); the teacher's entropy has no gradient."""
+    episodes = random_episodes(25)
+    stats, other = with_leaves(pack(episodes)), with_leaves(pack(episodes))
+    ForwardKL()(stats).loss.backward()
+    mass = torch.zeros(len(other.ends_N), dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(len(mass)), other.offsets.diff())
+    mass.index_add_(0, rows, other.log_prob_teacher_M.exp())
+    # The weight Z belongs to each row, so rows are taken one at a time.
+    for row in torch.nonzero(other.has_action_N).flatten():
+        one = replace(other, has_action_N=torch.arange(len(mass)) == row)
+        (mass[row] * IQLearn()(one).loss + OffSupport("tail")(one).loss).backward()
+    torch.testing.assert_close(stats.q_M.grad, other.q_M.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(stats.log_normaliser_N.grad, other.log_normaliser_N.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_joining_tokens_never_raises_a_divergence():
+    """Set and tail against all tokens: a lower bound, for those that are f-divergences."""
+    log_p, log_q = torch.randn(2, 200, 9, dtype=torch.float64).log_softmax(-1)
+
+    def joined(log_probs):
+        return torch.cat([log_probs[:, :3], log_probs[:, 3:].logsumexp(-1, keepdim=True)], -1)
+
+    for loss in (ForwardKL(), ReverseKL(), GKD(), SkewKL(), TotalVariation()):
+        flags = torch.zeros(200, 1, dtype=torch.bool)
+        whole = loss.terms(log_p, log_q, flags).sum(-1)
+        assert (loss.terms(joined(log_p), joined(log_q), flags).sum(-1) <= whole + 1e-12).all(), loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_gkd_from_a_teacher_in_memory_is_that_of_trl(beta):
+    gkd = pytest.importorskip("trl.experimental.gkd", reason="trl is in the extra dev")
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(30, 16, requires_grad=True), torch.randn(30, 12)
+    heads = [OutputHead(torch.randn(101, width)) for width in (16, 12)]
+    logits = hidden @ heads[0].weight_VD.T
+    wanted = gkd.GKDTrainer.generalized_jsd_loss(
+        logits[None], (teacher_hidden @ heads[1].weight_VD.T)[None], beta=beta, reduction="sum"
+    )
+    flags = torch.zeros(30, dtype=torch.bool)
+    found, _ = dense_sums(hidden, heads[0], teacher_hidden, heads[1], flags, GKD(beta=beta).terms)
+    assert float(found.sum()) == pytest.approx(float(wanted), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(total, hidden, retain_graph=True)[0] for total in (found.sum(), wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_teacher_in_memory_is_asked_for_by_name():
+    stats = replace(pack(random_episodes(26)), divergence_N=None)
+    with pytest.raises(DomainError, match="forward_kl: source = teacher needs a teacher in memory"):
+        ForwardKL(source="teacher")(stats)
+
+
+def test_without_sets_the_store_has_no_divergence():
+    with pytest.raises(DomainError, match="reverse_kl at p = 1 has no listed action sets: set source to teacher"):
+        ReverseKL()(replace(pack(random_episodes(26)), full_support=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GKD(beta=1.2), r"gkd: beta = 1.2 is outside \[0, 1\]"),
+        (lambda: SkewKL(skew=1.0), r"skew_kl: skew = 1.0 is outside \[0, 1\)"),
+        (lambda: DistiLLM2(skew=-0.1), r"distillm2: skew = -0.1"),
+        (lambda: DistiLLM2(student_weight=0.0), r"student_weight = 0.0 must be positive"),
+        (lambda: AlphaBeta(alpha=0.5, beta=-0.5), r"sum to 0"),
+        (lambda: MiniLLM(clip=0.0), r"clip = 0.0 must be positive"),
+        (lambda: MiniLLM(gamma=1.5), r"gamma = 1.5"),
+    ],
+)
+def test_settings_out_of_their_domain(make, message):
+    with pytest.raises(DomainError, match=message):
+        make()
+
+
+def test_members_say_what_they_need():
+    assert ForwardKL().uses_sets and not ForwardKL().needs_teacher
+    assert ForwardKL(source="teacher").needs_teacher and not ForwardKL(source="teacher").uses_sets
+    assert all(isinstance(loss, Divergence) and not loss.uses_off_support for loss in MEMBERS)
+    assert DistiLLM2().needs_rollouts and MiniLLM().needs_rollouts and not GKD().needs_rollouts

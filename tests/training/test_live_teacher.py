@@ -1,0 +1,116 @@
+"""Training against a teacher in memory: what is compared, what is refused, and that the teacher stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import support
+import torch
+from training_support import losses, parameters, settings
+
+from tdistill.errors import ConfigError
+from tdistill.training import Rollouts, RolloutSettings, TDistillTrainer
+
+LIVE_KL = {"name": "forward_kl", "source": "teacher"}
+
+
+@pytest.fixture
+def train(load_start, tiny_stores, tiny_tokenizer, tiny_teacher, tiny_prompt_files, tmp_path):
+    prompts = support.tiny_prompts(tiny_teacher, tiny_prompt_files["train"], support.TINY_SAMPLING)
+
+    def start(output: str = "out", teacher: Any = None, rollouts: dict[str, Any] | None = None, **changes: Any):
+        rounds = None
+        if rollouts is not None:
+            chosen = RolloutSettings(**{"every": 2, "prompts_per_round": 8, "batch_size": 4, "share": 1.0, **rollouts})
+            rounds = Rollouts(chosen, prompts, lambda: tiny_teacher, support.TINY_SAMPLING)
+        return TDistillTrainer(
+            load_start(),
+            settings(tmp_path / output, **changes),
+            tiny_stores["train"],
+            tiny_stores["dev"],
+            tiny_tokenizer,
+            rollouts=rounds,
+            teacher=teacher,
+        )
+
+    return start
+
+
+def test_the_loss_is_the_divergence_of_the_models_own_logits(train, tiny_teacher, load_start, tiny_stores):
+    """First step, one micro-batch: token by token from plain forward passes of both models."""
+    trainer = train(teacher=tiny_teacher.model, objective=LIVE_KL, max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    total, count = 0.0, 0
+    start = load_start()
+    for b, mask in enumerate(batch["attention_mask"]):
+        ids = batch["input_ids"][b, : int(mask.sum())][None]
+        with torch.no_grad():
+            log_p, log_q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (tiny_teacher.model, start))
+        rows = batch["sequence_N"] == b
+        places = batch["position_index_N"][rows & batch["has_action_N"]] - b * batch["input_ids"].shape[1]
+        total += float((log_p.exp() * (log_p - log_q))[places].sum())
+        count += len(places)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_teacher_is_not_trained_and_the_student_gets_closer(train, tiny_teacher):
+    before = parameters(tiny_teacher.model)
+    trainer = train(teacher=tiny_teacher.model, objective=LIVE_KL, max_steps=12)
+    kl = trainer.evaluate()["eval_kl_set_tail"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl_set_tail"] < 0.8 * kl
+    for name, weight in parameters(tiny_teacher.model).items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_from_the_store_the_loss_is_a_lower_bound_of_that_with_the_teacher(train, tiny_teacher):
+    first = {}
+    for source in ("store", "teacher"):
+        trainer = train(source, tiny_teacher.model, objective={"name": "forward_kl", "source": source}, max_steps=1)
+        trainer.train()
+        first[source] = losses(trainer)[0]
+    assert 0.5 * first["teacher"] < first["store"] < first["teacher"]
+
+
+def test_no_off_support_term_is_added(train):
+    trainer = train(objective="forward_kl", max_steps=1)
+    trainer.train()
+    assert not any("off_support" in key for entry in trainer.state.log_history for key in entry)
+
+
+@pytest.mark.parametrize("objective", [LIVE_KL, {"name": "minillm", "source": "teacher"}], ids=str)
+def test_without_a_teacher_it_is_refused_at_once(train, objective):
+    with pytest.raises(ConfigError, match="compares whole distributions; give the trainer `teacher`"):
+        train(objective=objective, rollouts={})
+
+
+def test_gkd_with_the_students_own_answers(train, tiny_teacher):
+    trainer = train(
+        teacher=tiny_teacher.model,
+        objective={"name": "gkd", "source": "teacher"},
+        rollouts={"share": 0.5, "prompts_per_round": 24},
+        max_steps=8,
+    )
+    kl = trainer.evaluate()["eval_kl_set_tail"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl_set_tail"] < kl
+
+
+@pytest.mark.parametrize("source", ["store", "teacher"])
+def test_minillm_lowers_the_reverse_kl_on_the_students_answers(train, tiny_teacher, source):
+    trainer = train(
+        teacher=tiny_teacher.model,
+        objective={"name": "minillm", "source": source},
+        rollouts={"teacher_mix": 0.2, "prompts_per_round": 48},
+        max_steps=16,
+    )
+    trainer.train()
+    curve = [entry["reverse_kl_student"] for entry in trainer.state.log_history if "reverse_kl_student" in entry]
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+
+
+def test_minillm_refuses_truncated_sampling(train):
+    with pytest.raises(ConfigError, match=r"set rollouts\.temperature and rollouts\.top_p to 1"):
+        train(objective="minillm", rollouts={"top_p": 0.9})
