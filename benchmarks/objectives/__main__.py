@@ -11,71 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measure import measure
 from setups import Setup, real, tiny
-from transformers import TrainerCallback, set_seed
+from training import train
 from variants import VARIANTS, Variant
 
 from tdistill.pipeline import environment
 from tdistill.reports.write import write_atomically
 from tdistill.teachers.loading import load_causal_lm
-from tdistill.training import Rollouts, RolloutSettings, TDistillConfig, TDistillTrainer
 
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-class _StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, data and rollouts included."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.marks:
-            self.marks.append(time.perf_counter())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-    @property
-    def median_s(self) -> float:
-        """Median over the steps."""
-        return float(np.median(np.diff(self.marks)))
-
-    @property
-    def mean_s(self) -> float:
-        """Mean over the steps; rounds of rollouts are in it."""
-        return float(np.diff(self.marks).mean())
-
-
-def train(setup: Setup, model: Any, args: dict[str, Any], seed: int, with_rollouts: bool = False) -> tuple[Any, Any]:
-    """Train a model on the train split; return the trainer and the times of its steps."""
-    set_seed(seed)
-    times = _StepTimes()
-    rollouts = None
-    if with_rollouts:
-        settings = RolloutSettings(**setup.rollouts, seed=seed)
-        sampling = setup.recipe.capture.sampling()
-        rollouts = Rollouts(settings, setup.prompts("train"), lambda: setup.teacher, sampling)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = TDistillTrainer(
-            model,
-            TDistillConfig(scratch, seed=seed, **args),
-            setup.stores["train"],
-            setup.stores["dev"],
-            setup.tokenizer,
-            rollouts=rollouts,
-            callbacks=[times],
-        )
-        trainer.train()
-    return trainer, times
 
 
 def first_phase(setup: Setup, seed: int) -> Path:
@@ -112,10 +62,10 @@ def step_times(setup: Setup, only: str) -> dict[str, float]:
         if only not in name:
             continue
         model = load_causal_lm(first_phase(setup, setup.seeds[0]), dtype="float32")
-        steps = setup.rollouts["every"] if variant.rollouts else 7  # the first warms up
+        steps = setup.rollouts["every"] if variant.rollouts is not None else 7  # the first warms up
         args = {**setup.second_phase, **variant.args, "max_steps": steps}
         _, times = train(setup, model, args, setup.seeds[0], variant.rollouts)
-        found[name] = times.mean_s if variant.rollouts else times.median_s
+        found[name] = times.mean_s if variant.rollouts is not None else times.median_s
         print(f"{name}: {found[name]:.2f} s per step", flush=True)
     return found
 

@@ -15,12 +15,12 @@ class Variant:
 
     Attributes:
         args: arguments on top of the shared ones.
-        rollouts: whether the student's own answers are mixed in.
+        rollouts: settings of the student's own answers on top of the shared ones, or None for none of these answers.
         num_seeds: how many of the setup's seeds it is run with.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
-    rollouts: bool = False
+    rollouts: dict[str, Any] | None = None
     num_seeds: int = 10
 
 
@@ -41,9 +41,36 @@ def on(objective: dict[str, Any], **args: Any) -> Variant:
     return Variant({"objective": objective, **args})
 
 
-def with_rollouts(objective: dict[str, Any], **args: Any) -> Variant:
+def with_rollouts(objective: dict[str, Any], rollouts: dict[str, Any] | None = None, **args: Any) -> Variant:
     """A variant with an objective on the teacher's and the student's answers."""
-    return Variant({"objective": objective, **args}, rollouts=True)
+    return Variant({"objective": objective, **args}, rollouts=rollouts or {})
+
+
+# As in the paper: all answers are the student's, drawn with the teacher's policy mixed in, and used once.
+MINILLM = {"share": 1.0, "replay": 0.0, "teacher_mix": 0.2}
+
+
+def baselines() -> dict[str, Variant]:
+    """What people use instead; the dense ones with the teacher in memory too, which is how they are published."""
+    live = {"source": "teacher"}
+    return {
+        "forward_kl, store": on({"name": "forward_kl"}),
+        "forward_kl, teacher in memory": on({"name": "forward_kl", **live}),
+        "reverse_kl, store": on({"name": "reverse_kl"}),
+        "reverse_kl, teacher in memory": on({"name": "reverse_kl", **live}),
+        "gkd, no own answers": on({"name": "gkd", **live}),
+        "gkd, half own answers": with_rollouts({"name": "gkd", **live}),
+        "gkd, half own answers, store": with_rollouts({"name": "gkd"}),
+        "skew_kl forward": on({"name": "skew_kl", **live}),
+        "skew_kl reverse": on({"name": "skew_kl", "direction": "reverse", **live}),
+        "skew_kl reverse, half own answers": with_rollouts({"name": "skew_kl", "direction": "reverse", **live}),
+        "distillm2": with_rollouts({"name": "distillm2", **live}),
+        "alpha_beta": on({"name": "alpha_beta", **live}),
+        "total_variation": on({"name": "total_variation", **live}),
+        "minillm": with_rollouts({"name": "minillm", **live}, MINILLM),
+        "minillm, store": with_rollouts({"name": "minillm"}, MINILLM),
+        "minillm, single step only": with_rollouts({"name": "reverse_kl", **live}, {"share": 1.0, "replay": 0.0}),
+    }
 
 
 PRINTED = iq(alpha=0.1, coordinates="raw", first_order="sampled")
@@ -92,6 +119,7 @@ TINY: dict[str, Variant] = {
     "teacher_q, residual": on({"name": "teacher_q", "target": "residual"}),
     "teacher_q, residual, gamma 0": on({"name": "teacher_q", "target": "residual", "gamma": 0.0}),
     "bellman_distill_authors": on({"name": "bellman_distill_authors"}, off_support="none"),
+    **baselines(),
 }
 
 # Title → rows; differences in a table are against its first row.
@@ -168,6 +196,7 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "teacher_q, residual, gamma 0",
         "bellman_distill_authors",
     ],
+    "Baselines": ["alpha inf", "sft continued", *baselines()],
 }
 
 # One seed each for screening; those with three are the finalists, their twins and the controls.

