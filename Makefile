@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench bench-objectives bench-performance format results clean
+.PHONY: demo test test-slow lint bench bench-objectives bench-performance experiments format results clean
 
 demo: .venv/.demo
 	$(BIN)/tdistill demo
@@ -34,6 +34,10 @@ bench: .venv/.demo
 bench-objectives: .venv/.demo
 	$(BIN)/python benchmarks/objectives tiny
 	$(BIN)/python benchmarks/objectives real
+
+# Hours; prints its estimate first, needs TDISTILL_DATA, and goes on from the JSON already there. NAMES="e1 e5" for some.
+experiments: .venv/.demo
+	$(BIN)/python benchmarks/experiments $(NAMES)
 
 # An hour with nothing else running: times and memory of docs/performance.md.
 STORE ?= runs/objectives/real/run/store/train

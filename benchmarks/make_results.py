@@ -17,7 +17,10 @@ from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+from plan import EXPERIMENTS
 from table import comparison_section
+from tables import experiment_section
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = {
@@ -46,6 +49,10 @@ def page() -> str:
         path = RESULTS / f"objectives_{scale}.json"
         if path.is_file():
             parts.append(comparison_section(path))
+    for name in EXPERIMENTS:
+        path = RESULTS / "experiments" / f"{name}.json"
+        if path.is_file():
+            parts.append(experiment_section(path))
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())

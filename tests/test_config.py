@@ -13,6 +13,8 @@ from cli.harness import tdistill, write_recipe
 
 from tdistill.config import Recipe, load_recipe
 from tdistill.errors import ConfigError, DomainError, ProbabilityRangeError, TDistillError
+from tdistill.objectives import IQLearn
+from tdistill.training.arguments import TDistillConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted([*(ROOT / "recipes").glob("**/*.yaml"), ROOT / "src" / "tdistill" / "demo" / "recipe.yaml"])
@@ -59,8 +61,12 @@ def write(tmp_path: Path, place: str, value: Any) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_recipe_of_the_project_parses_and_survives_a_round_trip(path: Path, tmp_path: Path):
+def test_every_recipe_of_the_project_parses_and_survives_a_round_trip(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TDISTILL_DATA", str(tmp_path))
     recipe = load_recipe(path)
+    assert path.parent.name != "paper" or recipe.name == path.stem
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
@@ -68,6 +74,161 @@ def test_every_recipe_of_the_project_parses_and_survives_a_round_trip(path: Path
 def test_there_are_recipes():
     assert [path.name for path in RECIPES].count("demo.yaml") == 1
     assert load_recipe(ROOT / "recipes" / "demo.yaml") == load_recipe(RECIPES[-1])
+
+
+PAPER = {
+    "gpt2_120m": ("gpt2", "teacher_gpt2_1.5b", "gpt2-xl"),
+    "gpt2_340m": ("gpt2-medium", "teacher_gpt2_1.5b", "gpt2-xl"),
+    "gpt2_760m": ("gpt2-large", "teacher_gpt2_1.5b", "gpt2-xl"),
+    "opt_125m": ("facebook/opt-125m", "teacher_opt_6.7b", "facebook/opt-6.7b"),
+    "opt_350m": ("facebook/opt-350m", "teacher_opt_6.7b", "facebook/opt-6.7b"),
+    "opt_1.3b": ("facebook/opt-1.3b", "teacher_opt_6.7b", "facebook/opt-6.7b"),
+    "qwen2.5_0.5b": ("Qwen/Qwen2.5-0.5B", "teacher_qwen2.5_3b", "Qwen/Qwen2.5-3B"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_have_the_papers_settings(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TDISTILL_DATA", "/data")
+    student, teacher, model = PAPER[name]
+    recipe, fine_tuning = (load_recipe(ROOT / "recipes" / "paper" / f"{file}.yaml") for file in (name, teacher))
+    assert recipe.student.model == student
+    # The teacher is what its own recipe leaves.
+    assert recipe.teacher.model == f"{fine_tuning.output}/student"
+    assert (fine_tuning.teacher.model, fine_tuning.student.model, fine_tuning.capture.mode) == (model, model, "score")
+    assert recipe.output != fine_tuning.output
+    for data in (recipe.data, fine_tuning.data):
+        assert (data.train, data.template, data.max_prompt_tokens) == ("/data/train/dolly_train.jsonl", "alpaca", 256)
+    assert (recipe.capture.p_max, recipe.capture.answers_per_prompt, recipe.capture.max_actions) == (0.8, 8, None)
+    assert recipe.data.max_prompt_tokens + recipe.capture.max_new_tokens == 512
+    evaluation = recipe.evaluation
+    assert (evaluation.seeds, evaluation.temperature, evaluation.top_p) == ((10, 20, 30, 40, 50), 1, 0.8)
+    assert [recipe.init_of(phase) for phase in recipe.phases] == ["start", "sft", "sft"]
+    assert (list(recipe.phases), recipe.controls, recipe.final_phase) == (["sft", "bd_paper", "bd"], ["bd_paper"], "bd")
+
+    args = recipe.arguments("bd_paper", "unused")
+    loss = args.build_objective()
+    assert (loss.alpha, loss.gamma, loss.phi, loss.coordinates, loss.first_order, loss.q_floor, loss.steps) == (
+        *(0.1, 0.99, "chi2", "raw", "sampled", -10, 1),
+    )
+    assert args.p == (0.5 if name == "opt_1.3b" else None)
+    assert (args.learning_rate, args.off_support, args.text_weight) == (5e-6, "none", 1)
+    assert args.text_sequences_per_batch > 0
+    # 64 answers of the 69 tokens that Dolly's have.
+    assert args.response_tokens_per_batch * args.gradient_accumulation_steps == 64 * 69
+    assert recipe.arguments("sft", "unused").build_objective().name == "sft"
+
+    own = recipe.arguments("bd", "unused")
+    assert own.build_objective() == IQLearn()
+    assert own.off_support == TDistillConfig("unused").off_support != "none"
+    for key in ("learning_rate", "num_train_epochs", "response_tokens_per_batch", "gradient_accumulation_steps"):
+        assert getattr(own, key) == getattr(args, key)
+
+
+def test_the_papers_student_can_be_made_the_student(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TDISTILL_DATA", "/data")
+    roles = ["phases.bd_paper.control=false", "phases.bd.control=true"]
+    recipe = load_recipe(ROOT / "recipes" / "paper" / "gpt2_120m.yaml", roles)
+    assert (recipe.final_phase, recipe.controls) == ("bd_paper", ["bd"])
+    assert [recipe.init_of(phase) for phase in recipe.phases] == ["start", "sft", "sft"]
+
+
+def test_an_environment_variable_that_is_not_set_is_named_with_where_it_is_needed(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TDISTILL_DATA", raising=False)
+    message = refusal(ROOT / "recipes" / "paper" / "gpt2_120m.yaml")
+    assert "gpt2_120m.yaml' takes data.train from the environment variable TDISTILL_DATA, which is not set." in message
+    assert "export TDISTILL_DATA=" in message and "data.train=..." in message
+    assert "name from the environment variable TDISTILL_NAME" in refusal(plain, "name=${oc.env:TDISTILL_NAME}")
+    assert load_recipe(plain, ["name=${oc.env:TDISTILL_NAME,default}"]).name == "default"
+
+
+# ---- a recipe that extends another ----
+
+
+def extend(base: Path, tree: dict[str, Any], name: str = "child.yaml") -> Path:
+    """A recipe beside its base."""
+    return write_recipe(base.parent / name, {"base": base.name, **tree})
+
+
+def test_a_recipe_extends_another_one_key_by_key(plain: Path, monkeypatch: pytest.MonkeyPatch):
+    child = extend(
+        plain,
+        {
+            "name": "child",
+            "output": "runs/${name}",
+            "phases": {
+                "bd": {"args": {"objective": {"alpha": 3}}},
+                "more": {"args": {"objective": {"name": "iq_learn", "gamma": 0.5}}},
+                "last": {"args": {"max_steps": 5}},
+            },
+            "evaluation": {"seeds": [3]},
+        },
+    )
+    monkeypatch.chdir("/")  # the base is found from the recipe's folder, wherever one is
+    recipe, base = load_recipe(child), load_recipe(plain)
+    assert (recipe.name, recipe.output) == ("child", "runs/child")
+    assert list(recipe.phases) == ["sft", "bd", "more", "last"]
+    assert recipe.phases["bd"].args == {"objective": {"name": "iq_learn", "alpha": 3}, "max_steps": 10}
+    assert recipe.phases["more"].args == {"objective": {"name": "iq_learn", "gamma": 0.5}}
+    assert (recipe.phases["more"].init, recipe.phases["more"].control) == ("sft", True)
+    assert recipe.evaluation.seeds == (3,)
+    assert (recipe.teacher, recipe.data, recipe.capture) == (base.teacher, base.data, base.capture)
+    assert "base" not in yaml.safe_load(recipe.to_yaml())
+    assert load_recipe(child, ["capture.p_max=0.7"]).capture.p_max == 0.7
+
+
+def test_references_in_the_base_see_what_the_recipe_changes(plain: Path):
+    tree = copy.deepcopy(PLAIN) | {"output": "runs/${name}"}
+    write_recipe(plain, tree)
+    assert load_recipe(extend(plain, {"name": "child"})).output == "runs/child"
+
+
+def test_null_takes_the_place_of_a_value_of_the_base(plain: Path):
+    student = load_recipe(extend(plain, {"student": {"layers": None, "model": "org/student"}})).student
+    assert (student.layers, student.model) == (None, "org/student")
+
+
+def test_a_base_in_another_folder(plain: Path):
+    (plain.parent / "below").mkdir()
+    child = write_recipe(plain.parent / "below" / "child.yaml", {"base": "../recipe.yaml", "name": "child"})
+    assert load_recipe(child).name == "child"
+
+
+@pytest.mark.parametrize("base", [3, None, "", ["recipe.yaml"], {"path": "recipe.yaml"}])
+def test_a_base_that_is_no_path_is_refused(plain: Path, base: Any):
+    child = write_recipe(plain.parent / "child.yaml", {"base": base})
+    message = refusal(child)
+    assert f"'{child}': base = {base!r} must be the path of a recipe" in message
+
+
+def test_a_missing_or_broken_base_is_named_with_the_recipe_that_asks_for_it(plain: Path):
+    child = write_recipe(plain.parent / "child.yaml", {"base": "none.yaml"})
+    assert all(part in refusal(child) for part in (str(child), f"No recipe at '{plain.parent / 'none.yaml'}'"))
+    plain.write_text("a: [1\n")
+    assert all(part in refusal(extend(plain, {})) for part in (str(child), f"'{plain}' is not readable", "line 2"))
+    plain.write_text("- a\n")
+    assert all(part in refusal(extend(plain, {})) for part in (str(child), f"'{plain}' must be a mapping"))
+
+
+def test_a_base_of_a_base_is_refused(plain: Path):
+    child = extend(plain, {"name": "child"})
+    message = refusal(extend(child, {"name": "grandchild"}, "grandchild.yaml"))
+    assert all(part in message for part in ("grandchild.yaml'", f"extends '{child}'", "A base stands on its own"))
+    assert "A base stands on its own" in refusal(write_recipe(child, {"base": child.name}))
+
+
+def test_kinds_that_cannot_be_merged_are_refused_with_both_files(plain: Path):
+    child = extend(plain, {"phases": ["sft"]})
+    assert all(
+        part in refusal(child) for part in (f"'{child}' cannot be laid over '{plain}'", "a mapping where it has")
+    )
+
+
+def test_what_a_child_makes_invalid_is_said_of_the_child(plain: Path):
+    child = extend(plain, {"capture": {"pmax": 0.5}})
+    assert all(part in refusal(child) for part in (str(child), "capture.pmax: unknown key. Did you mean 'p_max'?"))
 
 
 def test_dry_run_prints_a_recipe_that_loads_back_to_the_same_one_and_touches_nothing(plain: Path, tmp_path: Path):
@@ -442,3 +603,63 @@ def test_no_value_anywhere_ends_in_another_exception(tmp_path: Path, place: str,
             load_recipe(write(tmp_path, where, value))
         except TDistillError as error:
             assert "Traceback" not in str(error)
+
+
+# ---- what an evaluation measures only when asked ----
+
+
+def test_optional_measurements_are_off_and_can_be_switched_on(plain: Path):
+    settings = load_recipe(plain).evaluation
+    assert (settings.exposure, settings.perplexity, settings.judge, settings.tasks) == (None, None, None, None)
+    recipe = load_recipe(
+        plain,
+        [
+            "evaluation.exposure={}",
+            "evaluation.perplexity.text=held_out.jsonl",
+            "evaluation.judge={base_url: http://localhost:8000/v1, model: judge, against: sft}",
+            "evaluation.tasks.gsm8k={data: gsm8k.jsonl, limit: 5}",
+        ],
+    )
+    assert recipe.evaluation.exposure.min_share == 0.5
+    assert recipe.evaluation.perplexity.window_tokens == 512
+    assert recipe.evaluation.judge.against == "sft"
+    assert recipe.evaluation.tasks["gsm8k"].limit == 5
+    (plain.parent / "resolved.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(plain.parent / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("evaluation.exposure={min_shares: 1}", ["evaluation.exposure.min_shares", "Did you mean 'min_share'?"]),
+        ("evaluation.exposure={min_share: 0}", ["evaluation.exposure.min_share", "greater than 0", "given: 0"]),
+        ("evaluation.perplexity={}", ["evaluation.perplexity.text", "required"]),
+        ("evaluation.perplexity={text: x, stride_tokens: 512}", ["evaluation.perplexity", "stride_tokens = 512"]),
+        ("evaluation.judge={base_url: here, model: m}", ["evaluation.judge.base_url", "'here'", "http://localhost"]),
+        (
+            "evaluation.judge={base_url: http://h/v1, model: m, against: sfft}",
+            ["evaluation.judge.against = 'sfft'", "Did you mean 'sft'?"],
+        ),
+        (
+            "evaluation.judge={base_url: http://h/v1, model: m, api_key: x}",
+            ["evaluation.judge.api_key", "Did you mean 'api_key_env'?"],
+        ),
+        ("evaluation.tasks.gsm8k={}", ["evaluation.tasks.gsm8k.data", "required"]),
+        ("evaluation.tasks.gsm8k={dat: x}", ["evaluation.tasks.gsm8k.dat", "Did you mean 'data'?"]),
+        ("evaluation.tasks.gsm8k={data: x, num_fewshot: 2}", ["evaluation.tasks.gsm8k", "belong together"]),
+        ("evaluation.tasks=[gsm8k]", ["evaluation.tasks", "dictionary"]),
+    ],
+)
+def test_mistakes_in_optional_measurements_are_named(plain: Path, override: str, parts: list[str]):
+    message = refusal(plain, override)
+    assert all(part in message for part in parts), message
+
+
+def test_no_message_about_a_judge_shows_a_key(plain: Path):
+    key = "sk-very-secret"
+    for override in (
+        f"evaluation.judge={{base_url: 'https://me:{key}@h/v1', model: m}}",
+        f"evaluation.judge={{base_url: 'http://h/v1', model: m, api_key_env: {key}}}",
+        f"evaluation.judge={{base_url: 'http://h/v1', model: m, api_key: {key}}}",
+    ):
+        assert key not in refusal(plain, override)

@@ -63,6 +63,7 @@ class Experiments:
         args = {**setup.second_phase, **method.args}
         store = self.setup(what, references=True).stores["train"] if method.references else None
         trainer, times = train(setup, model, args, seed, method.rollouts, store)
+        curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model.eval()
         return {
@@ -72,6 +73,7 @@ class Experiments:
             "steps": trainer.state.global_step,
             "response_tokens": trainer.state.num_input_tokens_seen,
             "step_s": times.mean_s,
+            "dev_curve": [[entry["step"], entry["eval_kl_set_tail"], entry["eval_nll"]] for entry in curve],
             "dev": {key: value for key, value in dev.items() if key != "runtime"},
             "screening": screening(setup, model, SCREENING_SEEDS),
             "seconds": time.perf_counter() - started,

@@ -80,7 +80,7 @@ def claims(data: Path, work: Path, what: Claims) -> Setup:
         first_phase={**COMMON, "objective": "sft", "max_steps": 100, "learning_rate": 5e-4,
                      "response_tokens_per_batch": 512, "warmup_steps": 10},
         second_phase={**COMMON, "max_steps": 80, "learning_rate": 3e-4, "response_tokens_per_batch": 512,
-                      "warmup_steps": 5},
+                      "warmup_steps": 5, "eval_strategy": "steps", "eval_steps": 20},
         rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
         seeds=(0, 1, 2),
         reference_texts=True,

@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "distillm2": _on("distillm2", {}, **LIVE),
     "alpha_beta": _on("alpha_beta", **LIVE),
     "total_variation": _on("total_variation", **LIVE),
+    "sampled_kl": _on("sampled_kl", **LIVE),
 }
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
 # Three learning rates for each main method, one seed each; the middle one first.

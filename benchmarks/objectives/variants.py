@@ -67,6 +67,7 @@ def baselines() -> dict[str, Variant]:
         "distillm2": with_rollouts({"name": "distillm2", **live}),
         "alpha_beta": on({"name": "alpha_beta", **live}),
         "total_variation": on({"name": "total_variation", **live}),
+        "sampled_kl": on({"name": "sampled_kl", **live}),
         "minillm": with_rollouts({"name": "minillm", **live}, MINILLM),
         "minillm, store": with_rollouts({"name": "minillm"}, MINILLM),
         "minillm, single step only": with_rollouts({"name": "reverse_kl", **live}, {"share": 1.0, "replay": 0.0}),

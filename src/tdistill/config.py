@@ -37,6 +37,10 @@ from tdistill.training.rollouts import RolloutSettings
 _RESERVED_ARGUMENTS = ("output_dir",)
 # Subjects of every evaluation; phases get other names.
 _RESERVED_PHASES = ("start", "teacher")
+# Key of a recipe file that names the one it extends; it is gone once the file is read.
+_BASE = "base"
+# What OmegaConf says of `${oc.env:NAME}`.
+_UNSET_VARIABLE = re.compile(r"Environment variable '([^']+)' not found")
 # Names of folders.
 _PHASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # What the dev split is measured by, and whether more is better; without action sets only the first exists.
@@ -252,6 +256,12 @@ class Recipe(_Strict):
                     f"evaluation.compare names '{subject}', which is not evaluated."
                     f"{did_you_mean(subject, ['teacher', *subjects])}"
                 )
+        judge = self.evaluation.judge
+        if judge is not None and judge.against not in ("teacher", *subjects):
+            raise ValueError(
+                f"evaluation.judge.against = '{judge.against}' is not evaluated."
+                f"{did_you_mean(judge.against, ['teacher', *subjects])}"
+            )
         for key in ("seeds", "teacher_seeds"):
             seeds = getattr(self.evaluation, key)
             if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
@@ -300,22 +310,14 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply dotted overrides such as ``capture.p_max=0.9``.
+    """Read a recipe, and the one that it extends, and apply dotted overrides such as ``capture.p_max=0.9``.
 
     Raises:
-        ConfigError: unreadable file, malformed YAML or override, unknown key (with a suggestion), value out of range.
+        ConfigError: unreadable file, malformed YAML or override, unknown key (with a suggestion), value out of range, a
+            base that is missing or has a base itself, an environment variable that is not set.
         ProbabilityRangeError: p_max outside (0, 1].
     """
-    try:
-        tree = OmegaConf.load(Path(path))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"No recipe at '{path}'. Recipes lie in recipes/; `tdistill ls recipes` lists them."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe '{path}' is not readable YAML: {error}") from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"The recipe '{path}' must be a mapping of keys to values.")
+    tree = _with_base(Path(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -330,9 +332,56 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
+        if unset := _UNSET_VARIABLE.search(str(error)):
+            raise ConfigError(
+                f"The recipe '{path}' takes {error.full_key} from the environment variable {unset[1]}, which is not "
+                f"set. Set it (export {unset[1]}=...), or give the value itself: {error.full_key}=..."
+            ) from None
         raise ConfigError(f"The recipe '{path}' does not resolve: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"The recipe '{path}' is not valid:\n" + "\n".join(map(_explain, error.errors()))) from None
+
+
+def _with_base(path: Path) -> DictConfig:
+    """Tree of a recipe, over that of the recipe that its key ``base`` names, from its own folder."""
+    tree = _read(path)
+    if _BASE not in tree:
+        return tree
+    base = OmegaConf.to_container(tree, resolve=False)[_BASE]  # type: ignore[index,call-overload]
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"The recipe '{path}': base = {base!r} must be the path of a recipe, from this one's folder.")
+    try:
+        base_tree = _read(path.parent / base)
+    except ConfigError as error:
+        raise ConfigError(f"The recipe '{path}' extends another one (base: {base}). {error}") from None
+    if _BASE in base_tree:
+        raise ConfigError(
+            f"The recipe '{path}' extends '{path.parent / base}', which extends a further one itself. A base stands on "
+            "its own: name that further one as base, or write out what it says."
+        )
+    del tree[_BASE]
+    try:
+        return OmegaConf.merge(base_tree, tree)  # type: ignore[return-value]
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"The recipe '{path}' cannot be laid over '{path.parent / base}' (base): {reason}. Give a list where the "
+            "base has a list, and a mapping where it has a mapping."
+        ) from None
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"No recipe at '{path}'. Recipes lie in recipes/; `tdistill ls recipes` lists them."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The recipe '{path}' is not readable YAML: {error}") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"The recipe '{path}' must be a mapping of keys to values.")
+    return tree
 
 
 def _checked_fields(cls: type, values: Mapping[str, Any], what: str, without: Collection[str] = ()) -> dict[str, Any]:

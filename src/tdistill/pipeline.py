@@ -32,6 +32,7 @@ from tdistill.errors import (
     UnsupportedModelError,
 )
 from tdistill.evaluation.evaluate import evaluate
+from tdistill.evaluation.optional import check_inputs
 from tdistill.evaluation.sparsity import sparsity
 from tdistill.head import check_head
 from tdistill.preflight import check_adapter, check_context, check_finite, check_room
@@ -101,6 +102,7 @@ class Run:
         records = {split: self.records(split) for split in SPLITS}
         self._references(records["held_out"])
         self._texts()
+        check_inputs(self.recipe.evaluation)
         teacher = self.load_teacher()
         template = choose_template(teacher.tokenizer, self.recipe.data.template)
         prompts = {split: self._prompts(split, records[split], teacher, template) for split in SPLITS}
@@ -130,7 +132,10 @@ class Run:
         self._note_time("capture", time.perf_counter() - started)
 
     def train(self) -> None:
-        """Train every phase that is not trained yet. Needs the stores and the start; the teacher only for rollouts."""
+        """Train every phase that is not trained yet.
+
+        Needs the stores and the start; the teacher only for rollouts and for objectives that need it in memory.
+        """
         stores = {split: Store.open(self.store_path(split), verify=True) for split in ("train", "dev")}
         for name in self.recipe.phases:
             if (p := self.recipe.arguments(name, "unused").p) is not None and p > stores["train"].p_max:
@@ -146,11 +151,17 @@ class Run:
         self._join_metrics()
 
     def evaluate(self) -> Path:
-        """Measure teacher, start and phases on the held-out split; write ``results.json`` and return its path."""
-        path = self.folder / "results.json"
-        if path.is_file():
+        """Measure teacher, start and phases on the held-out split; return the path of ``results.json``.
+
+        Writes ``scores.json`` too, the values of each prompt; a run that has none, of an older version, is measured
+        again.
+        """
+        path, scores_path = self.folder / "results.json", self.folder / "scores.json"
+        if path.is_file() and scores_path.is_file():
             self.say(f"reuses the results in {path}")
             return path
+        if path.is_file():
+            self.say(f"measures again: {scores_path} is missing. `tdistill report` then makes the report again")
         started = time.perf_counter()
         held_out, train = (Store.open(self.store_path(split), verify=True) for split in ("held_out", "train"))
         for name in ("start", *self.recipe.phases):
@@ -183,6 +194,8 @@ class Run:
             "summary": self._summary(subjects, teacher),
             "sparsity": sparsity(train),
         }
+        if results.scores is not None:
+            write_atomically(scores_path, results.scores.model_dump_json() + "\n")
         write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
@@ -375,6 +388,7 @@ class Run:
 
             adapter = LoraConfig(**self.recipe.peft)
         set_seed(args.seed)  # adapters are drawn at random, whatever this process did before
+        teacher = self._scorer(stores["train"]) if args.build_objective().needs_teacher else None
         metrics = _MetricsFile(name, path.parent / "metrics.jsonl")
         trainer = TDistillTrainer(
             model,
@@ -384,7 +398,8 @@ class Run:
             tokenizer,
             peft_config=adapter,
             text_dataset=self._plain_text(tokenizer),
-            rollouts=self._rollouts(name, stores["train"]),
+            rollouts=self._rollouts(name, stores["train"], teacher),
+            teacher=None if teacher is None else teacher.model,
             callbacks=[metrics],
         )
         if state is not None and state.global_step >= state.max_steps:
@@ -410,21 +425,26 @@ class Run:
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def _rollouts(self, name: str, store: Store) -> Rollouts | None:
-        """Rounds of the student's answers to the prompts of the store, for a phase that asks for them."""
+    def _rollouts(self, name: str, store: Store, teacher: HFTeacher | None) -> Rollouts | None:
+        """Rounds of the student's answers to the prompts of the store, for a phase that asks for them.
+
+        A teacher that is in memory scores them; else one is loaded for each round.
+        """
         settings = self.recipe.phases[name].rollouts
         if settings is None:
             return None
 
-        def load_scorer() -> HFTeacher:
-            teacher = self.load_teacher()
-            self._check_teacher(teacher, store)
-            return teacher
-
         rows = (store[i] for i, (_, answer_index) in enumerate(store.jobs) if answer_index == 0)
         prompts = [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
         template = store.identity["template"]
-        return Rollouts(settings, prompts, load_scorer, self.recipe.capture.sampling(), template)
+        sampling = self.recipe.capture.sampling()
+        return Rollouts(settings, prompts, lambda: teacher or self._scorer(store), sampling, template)
+
+    def _scorer(self, store: Store) -> HFTeacher:
+        """The teacher that a store was captured from."""
+        teacher = self.load_teacher()
+        self._check_teacher(teacher, store)
+        return teacher
 
     def _texts(self) -> list[str] | None:
         data = self.recipe.data

@@ -40,6 +40,7 @@ def test_a_finished_run_exits_with_0_and_leaves_every_artifact(finished: Finishe
         "student",
         "metrics.jsonl",
         "results.json",
+        "scores.json",
         "report.html",
         "times.json",
     }
@@ -73,6 +74,39 @@ def test_the_results_are_strict_json_and_about_every_subject(finished: FinishedR
     assert kl["start"] > kl["sft"] > kl["bd"] > 0
     pair = find(results, "kl_teacher_student", "bd", "held_out", against="sft_continued")
     assert pair is not None and pair.value == pytest.approx(kl["bd"] - kl["sft_continued"])
+
+
+def test_a_comparison_of_the_run_with_itself_finds_what_its_report_says(finished: FinishedRun, tmp_path: Path):
+    outcome = tdistill("compare", finished.folder, "--against", "sft_continued", "--json")
+    assert outcome.code == 0, outcome.err
+    found = strict_json(outcome.out)
+    assert (found["num_prompts"], found["notes"]) == (12, [])
+    assert {row["subject"] for row in found["rows"]} == SUBJECTS
+    results = load_run(finished.folder).results
+    for metric in ("kl_teacher_student", "nll_teacher_answers", "rouge_l", "rouge_l_teacher"):
+        pair = find(results, metric, "bd", "held_out", against="sft_continued")
+        compared = [
+            r
+            for r in found["records"]
+            if (r["metric"], r["subject"], r["against"]) == (metric, "run:bd", "run:sft_continued")
+        ]
+        assert pair is not None and compared[0]["value"] == pytest.approx(pair.value, abs=1e-6)
+
+
+def test_an_older_run_is_measured_again_for_its_scores(finished: FinishedRun, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    (folder / "scores.json").unlink()
+    refused = tdistill("compare", folder)
+    assert refused.code == 3
+    command = f"tdistill eval {folder}/recipe.yaml output={folder}"
+    assert command in refused.err
+    again = tdistill(*command.split()[1:])
+    assert again.code == 0, again.err
+    assert "measures again" in again.err
+    assert (folder / "scores.json").read_bytes() == (finished.folder / "scores.json").read_bytes()
+    assert measured(folder) == measured(finished.folder)
+    assert tdistill("compare", folder).code == 0
 
 
 def test_the_metrics_of_all_phases_are_strict_json(finished: FinishedRun):
@@ -507,6 +541,20 @@ def test_a_phase_with_rollouts_asks_the_teacher_about_the_students_answers(finis
     without = load_file(finished.folder / "phases" / "bd" / "student" / "model.safetensors")
     assert any(not torch.equal(own[name], without[name]) for name in without)
     assert load_recipe(folder / "recipe.yaml").phases["bd"].rollouts.prompts_per_round == 6
+
+
+def test_a_phase_with_a_teacher_in_memory(finished: FinishedRun, tmp_path: Path):
+    """MiniLLM has all of it: whole distributions, own answers, the teacher mixed into them and their probabilities."""
+    rollouts = {"every": 2, "prompts_per_round": 6, "share": 1.0, "replay": 0.0, "teacher_mix": 0.2}
+    objective = {"name": "minillm", "source": "teacher"}
+    phases = {"bd": {"rollouts": rollouts, "args": {"objective": objective}}}
+    folder = run_changed(finished, tmp_path, "train", phases=phases)
+    lines = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["phase"] == "bd" and "reverse_kl_student" in line]
+    assert len(steps) == 4 and all(line["reverse_kl_student"] > 0 for line in steps)
+    # Of the answers to 0.8 of the student's own policy no token can be more than 1.25 times as likely under it.
+    assert 0.5 < steps[0]["importance_weight"] <= 1.2501
+    assert not any("off_support" in name for line in steps for name in line)
 
 
 def test_an_infinite_alpha_is_kept_and_written_as_strict_json(finished: FinishedRun, tmp_path: Path):

@@ -21,6 +21,7 @@ from tdistill.objectives.minillm import MiniLLM
 from tdistill.objectives.off_support import OffSupport
 from tdistill.objectives.path_consistency import PathConsistency
 from tdistill.objectives.reverse_kl import ReverseKL
+from tdistill.objectives.sampled_kl import SampledKL
 from tdistill.objectives.sft import SFT
 from tdistill.objectives.skew_kl import SkewKL
 from tdistill.objectives.sqil import SQIL
@@ -44,7 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
     for cls in (
         *(IQLearn, PathConsistency, SQIL, LSIQ, TeacherQ, BellmanDistillAuthors),
-        *(SFT, ForwardKL, ReverseKL, GKD, SkewKL, DistiLLM2, AlphaBeta, TotalVariation, MiniLLM),
+        *(SFT, ForwardKL, ReverseKL, GKD, SkewKL, DistiLLM2, AlphaBeta, TotalVariation, SampledKL, MiniLLM),
     )
 }
 # Other packages add theirs under this group: name = "module:Class".
