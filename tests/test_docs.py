@@ -9,6 +9,11 @@ import pytest
 import yaml
 
 from tdistill.config import load_recipe
+from tdistill.evaluation.exposure import ExposureSettings
+from tdistill.evaluation.judge import JudgeSettings
+from tdistill.evaluation.perplexity import PerplexitySettings
+from tdistill.evaluation.records import METRICS, OPTIONAL_METRICS, EvaluationSettings
+from tdistill.evaluation.tasks import TaskSettings
 from tdistill.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +63,13 @@ def test_every_objective_has_a_page_that_names_its_settings(name):
     page = (ROOT / "docs" / "objectives" / f"{name}.md").read_text(encoding="utf-8")
     for setting in fields(OBJECTIVES[name]):
         assert f"`{setting.name}`" in page
+
+
+def test_the_page_on_evaluation_names_every_metric_and_setting_and_its_recipe_is_valid():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    optional = (ExposureSettings, PerplexitySettings, JudgeSettings, TaskSettings)
+    names = {*METRICS, *OPTIONAL_METRICS, *(name for kind in optional for name in kind.model_fields)}
+    assert [name for name in sorted(names) if not re.search(rf"[`.]{name}`", page)] == []
+    block = re.search(r"((?: {4}.*\n)+)", page)[1]
+    settings = EvaluationSettings.model_validate(yaml.safe_load(block)["evaluation"])
+    assert None not in (settings.exposure, settings.perplexity, settings.judge, settings.tasks)

@@ -34,7 +34,7 @@ def experiment_section(path: Path) -> str:
         f"{second['max_steps']} steps of {second['response_tokens_per_batch']} response tokens at learning rate "
         f"{second['learning_rate']:g}, unless the row names another. 200 screening prompts of the dev file, "
         f"sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. Intervals: 95 %, "
-        "bootstrap over prompts, sampling seeds and training seeds; differences are paired. A row of one training seed "
+        "bootstrap over prompts and training seeds; differences are paired. A row of one training seed "
         "does not say how far another training would be.",
         "",
     ]

@@ -100,6 +100,12 @@ class NoSpaceError(TDistillError):
     exit_code = 9
 
 
+class JudgeError(TDistillError):
+    """The judge of answers cannot be reached, or refuses the request."""
+
+    exit_code = 10
+
+
 class DomainError(TDistillError):
     """A hyperparameter of an objective lies outside its domain."""
 

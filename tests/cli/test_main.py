@@ -14,7 +14,7 @@ from tdistill import errors
 from tdistill.cli.main import DEMO_RECIPE
 from tdistill.config import load_recipe
 
-VERBS = ("demo", "run", "capture", "train", "eval", "report", "check", "ls")
+VERBS = ("demo", "run", "capture", "train", "eval", "report", "compare", "check", "ls")
 
 
 def test_the_installed_command_prints_every_verb():
@@ -40,7 +40,7 @@ def test_every_verb_explains_itself(verb: str):
 
 
 @pytest.mark.parametrize(
-    "words", [("distil",), ("run",), ("report",), ("run", "a.yaml", "--dryrun"), ("check", "stores")]
+    "words", [("distil",), ("run",), ("report",), ("compare",), ("run", "a.yaml", "--dryrun"), ("check", "stores")]
 )
 def test_a_usage_error_exits_with_2(words: tuple[str, ...]):
     outcome = tdistill(*words)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.generation import sample_answers
-from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results
+from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results, Scores
 
 SETTINGS = EvaluationSettings(
     seeds=(10, 20), max_new_tokens=6, batch_size=4, compare=(("bd", "sft"),), speed_tokens=3, num_shown_prompts=2
@@ -139,10 +139,38 @@ def test_a_pair_named_twice_is_recorded_once(subjects, teacher, tokenizer, held_
 
 def test_json_round_trip(subjects, teacher, tokenizer, held_out):
     results = run(subjects, teacher, tokenizer, held_out)
-    assert Results.from_json(results.to_json()) == results
+    assert Results.from_json(results.to_json()) == results.model_copy(update={"scores": None})
     raw = json.loads(results.to_json())
     assert set(raw) == {"settings", "records", "answers"}
     assert set(raw["records"][0]) == set(Result.model_fields)
+
+
+def test_scores_are_what_the_records_are_means_of(subjects, teacher, tokenizer, held_out):
+    references = {trajectory.prompt_id: ["word5 word6"] for trajectory in held_out}
+    results = run(subjects, teacher, tokenizer, held_out, references)
+    scores = results.scores
+    assert Scores.model_validate_json(scores.model_dump_json()) == scores
+    assert (scores.split, scores.prompt_ids) == ("held_out", ("p0", "p1", "p2", "p3", "p4", "p5"))
+    assert scores.seeds == {"teacher": (), "start": (10, 20), "sft": (10, 20), "bd": (10, 20)}
+    # p2 has two answers: their tokens add up.
+    assert scores.num_tokens[2] == sum(len(t.response_ids) for t in held_out if t.prompt_id == "p2")
+    assert set(scores.token_sums) == {
+        "kl_teacher_student", "nll_teacher_answers", "agreement_top1", "mass_outside_set",
+    }  # fmt: skip
+    for metric, of in scores.token_sums.items():
+        for name, sums in of.items():
+            mean = sum(sums) / sum(scores.num_tokens)
+            assert mean == pytest.approx(results.find(metric, name).value, abs=1e-6), (metric, name)
+    # Answers of the teacher are stored, and unequally many: one mean a prompt.
+    shapes = {name: np.shape(rows) for name, rows in scores.answer_scores["rouge_l"].items()}
+    assert shapes == {"teacher": (6, 1), "start": (6, 2), "sft": (6, 2), "bd": (6, 2)}
+    assert set(scores.answer_scores["rouge_l_teacher"]) == {"start", "sft", "bd"}
+    for metric, of in scores.answer_scores.items():
+        for name, rows in of.items():
+            assert np.mean(rows) == pytest.approx(results.find(metric, name).value, abs=1e-6), (metric, name)
+    one_seed = run(subjects, teacher, tokenizer, held_out, references, SETTINGS.model_copy(update={"seeds": (20,)}))
+    second = [[row[1]] for row in scores.answer_scores["rouge_l"]["start"]]
+    assert np.array(one_seed.scores.answer_scores["rouge_l"]["start"]) == pytest.approx(np.array(second))
 
 
 def test_no_gap_no_share_of_it(subjects, teacher, tokenizer, held_out, caplog):

@@ -109,3 +109,53 @@ def write_run(folder: Path, results: dict[str, Any]) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in make_metrics()), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     return folder
+
+
+def write_scored_run(
+    folder: Path,
+    *,
+    tokens: dict[str, int],
+    kl_sums: dict[str, list[float]],
+    rouge: dict[str, list[list[float]]] | None = None,
+    recipe: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    times_s: dict[str, float] | None = None,
+    teacher: str = "org/teacher-135M",
+) -> Path:
+    """A run with values by prompt; ``tokens`` has the prompts, and every list their order."""
+    subjects = list(kl_sums)
+    trained = [name for name in subjects if name not in ("teacher", "start")]
+    records = [record("num_parameters", name, 3e6 + i, unit="parameters") for i, name in enumerate(subjects)]
+    records += [
+        record("kl_teacher_student", name, 1.0, 0.1, unit="nats/token", higher_is_better=False) for name in subjects
+    ]
+    records += [record("rouge_l", name, 0.5, 0.1, unit="F1", higher_is_better=True) for name in rouge or {}]
+    phases = [
+        {"name": name, "objective": "sft", "init": trained[index - 1] if index else "start"}
+        for index, name in enumerate(trained)
+    ]
+    results = {
+        "format": "tdistill-results",
+        "version": 1,
+        "name": "made-up",
+        "settings": settings or {},
+        "summary": {"teacher": {"name": teacher}, "student": {"name": "s"}, "objective": {"name": "sft"},
+                    "final_phase": trained[-1], "times_s": times_s or {}, "phases": phases},
+        "records": records,
+    }  # fmt: skip
+    scores = {
+        "format": "tdistill-scores",
+        "version": 1,
+        "split": "held_out",
+        "prompt_ids": list(tokens),
+        "num_tokens": list(tokens.values()),
+        "token_sums": {"kl_teacher_student": kl_sums},
+        "seeds": {name: list(range(len(rows[0]))) for name, rows in (rouge or {}).items()},
+        "answer_scores": {"rouge_l": rouge} if rouge else {},
+    }
+    folder.mkdir(parents=True)
+    default = {"name": "made-up", "output": str(folder), "phases": {name: {"args": {"seed": 1}} for name in trained}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe or default), encoding="utf-8")  # JSON is YAML
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    return folder

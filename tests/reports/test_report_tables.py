@@ -77,3 +77,34 @@ def test_results_page_names_a_bad_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"format": "something-else"}))
     with pytest.raises(DataFileError, match=r"results\.json: format"):
         results_page([path])
+
+
+def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
+    content = make_results()
+    text = {"split": "text", "unit": "", "num_items": 7, "higher_is_better": False}
+    task = {"unit": "share", "higher_is_better": True, "num_items": 20}
+    content["records"] += [
+        record("text_perplexity", "teacher", 20.0, 2.0, **text),
+        record("text_perplexity", "sft", 31.0, 2.0, **text),
+        record("text_perplexity", "bd", 25.0, 2.0, **text),
+        record("task_accuracy", "sft", 0.25, 0.1, split="gsm8k", **task),
+        record("task_accuracy", "bd", 0.5, 0.1, split="gsm8k", **task),
+        record("task_accuracy", "bd", 0.75, 0.1, split="capitals", **task),
+        record("excess_accumulated_error", "bd", 0.2, 0.05, unit="share", higher_is_better=False),
+    ]
+    results = Results.model_validate(content)
+    assert markdown_table(results, "text") == (
+        "| | Perplexity per token |\n|---|---:|\n| teacher | 20.0 [18.0, 22.0] |\n| sft | 31.0 [29.0, 33.0] |\n"
+        "| bd (final) | **25.0 [23.0, 27.0]** |\n\nPlain text; 7 items; brackets are 95 % intervals. "
+        "Bold: the best student, separated from every other student.\n"
+    )
+    # One column for each task, and bold in its own one only.
+    assert markdown_table(results, "tasks") == (
+        "| | gsm8k (%) | capitals (%) |\n|---|---:|---:|\n| sft | 25 [15, 35] | – |\n"
+        "| bd (final) | **50 [40, 60]** | 75 [65, 85] |\n\nTasks; 20 items; brackets are 95 % intervals. "
+        "Bold: the best student, separated from every other student.\n"
+    )
+    assert "| bd (final) | 20.0 [15.0, 25.0] |" in markdown_table(results, "exposure")
+    # None of it changes the tables that were there, or adds one where nothing was measured.
+    assert markdown_table(results) == FIDELITY and markdown_table(results, "size") == SIZE
+    assert markdown_table(results, "judge") == markdown_table(Results.model_validate(make_results()), "text") == ""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdistill.errors import ConfigError
+from tdistill.cli.output import require_folder
 
 bench = typer.Typer(no_args_is_help=True, help="Measure steps, memory, stores and captures (docs/performance.md).")
 
@@ -40,8 +40,8 @@ def _report(kind: str, measure: Callable[[], dict[str, Any]], output: Path | Non
     from tdistill.reports.performance import performance_table
     from tdistill.reports.write import write_atomically
 
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}. Make it, or name another file.")
+    if output is not None:
+        require_folder("--output", output)
     content = {**measure(), "machine": environment()}
     if output is not None:
         write_atomically(output, json.dumps(content, indent=1) + "\n")

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from tdistill.cli.bench import bench
-from tdistill.errors import ConfigError, NoSpaceError, TDistillError
+from tdistill.cli.compare import compare
+from tdistill.cli.output import require_folder
+from tdistill.errors import NoSpaceError, TDistillError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,6 +125,9 @@ def report(
     typer.echo(str(write_report(folder)))
 
 
+app.command()(compare)
+
+
 @check.command("store")
 def check_store(
     path: Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)], as_json: AsJson = False
@@ -157,8 +162,8 @@ def check_sparsity(
     from tdistill.reports.write import write_atomically
     from tdistill.store import Store
 
-    if plot is not None and not plot.parent.is_dir():
-        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}. Make it, or name another file.")
+    if plot is not None:
+        require_folder("--plot", plot)
     study = sparsity_study(Store.open(path), gamma)
     if plot is not None:
         write_atomically(plot, sparsity_study_chart(study) + "\n")

@@ -10,25 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-NUM_RESAMPLES = 9_999
+from tdistill.resampling import NUM_RESAMPLES, Interval
+
 # Elements of one block of resamples, which bounds the memory at some 10 MB whatever the number of prompts.
 _BLOCK_ELEMENTS = 1_000_000
 # Leaving any prompt out moves a statistic of constant data by rounding only. The acceleration of BCa is 0/0 there.
 _CONSTANT_RTOL, _CONSTANT_ATOL = 1e-12, 1e-15
-
-
-class Interval(NamedTuple):
-    """A point estimate and its interval; low and high are None where the data define none."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 def bootstrap_mean(values_items: ArrayLike, seed: int, level: float = 0.95) -> Interval:
@@ -79,6 +71,27 @@ def bootstrap_ratio_difference(
         return sa.sum(axis) / ca.sum(axis) - sb.sum(axis) / cb.sum(axis)
 
     return _interval(data, difference, seed, level)
+
+
+def bootstrap_weighted(
+    statistic: Callable[[np.ndarray], np.ndarray], num_prompts: int, seed: int, level: float = 0.95
+) -> Interval:
+    """Any statistic of the prompts and its interval.
+
+    Args:
+        statistic: float [R, prompts], how often each prompt counts in each of R resamples → float [R].
+        num_prompts: prompts that are resampled.
+        seed: seed of the resampling.
+        level: confidence level.
+    """
+
+    def of_indices(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        rows_RN = index.astype(np.int64).reshape(-1, index.shape[-1])
+        cells = rows_RN + num_prompts * np.arange(len(rows_RN))[:, None]
+        counts = np.bincount(cells.ravel(), minlength=len(rows_RN) * num_prompts)
+        return statistic(counts.reshape(len(rows_RN), num_prompts).astype(np.float64)).reshape(index.shape[:-1])
+
+    return _interval((np.arange(num_prompts),), of_indices, seed, level)
 
 
 def _per_prompt(items: ArrayLike, reduce: Callable[..., np.ndarray]) -> np.ndarray:

@@ -92,8 +92,8 @@ def divergences(
             bar.update(len(taken_N))
     prompt_names = [f"prompt '{trajectory.prompt_id}'" for trajectory in trajectories]
     for name, total in totals.items():
-        _require_finite(total["nll_teacher"], "teacher", prompt_names)
-        _require_finite(total["nll"] + total["kl_teacher_student"], name, prompt_names)
+        require_finite(total["nll_teacher"], "teacher", prompt_names)
+        require_finite(total["nll"] + total["kl_teacher_student"], name, prompt_names)
     complete = {name: TokenTotals(**total) for name, total in totals.items()}
     return complete if has_sets else {name: replace(of, mass_outside_set=None) for name, of in complete.items()}
 
@@ -134,7 +134,7 @@ def teacher_loss_on(
             taken_log_probs = log_probs_NV.gather(1, taken_N.to(log_probs_NV.device)[:, None]).squeeze(1)
             _add_by_answer(sums, np.repeat(batch, [len(answer) for _, answer in chosen]), -taken_log_probs)
             bar.update(len(taken_N))
-    _require_finite(sums, "teacher", [f"answer {index}" for index in range(len(pairs))])
+    require_finite(sums, "teacher", [f"answer {index}" for index in range(len(pairs))])
     return sums, counts
 
 
@@ -179,9 +179,7 @@ def _token_values(teacher_NV: Tensor, student_NV: Tensor, taken_N: Tensor) -> di
     taken_N1 = taken_N.to(teacher_NV.device)[:, None]
     kl_parts, agreement_parts = [], []
     for teacher_CV, student_CV in zip(teacher_NV.split(_CHUNK), student_NV.split(_CHUNK), strict=True):
-        probs_CV = teacher_CV.exp()
-        # A token that the teacher excludes (log-probability −∞) adds nothing: 0 · log 0 = 0.
-        kl_parts.append((probs_CV * (teacher_CV - student_CV)).masked_fill_(probs_CV == 0, 0.0).sum(-1))
+        kl_parts.append(kl_rows(teacher_CV, student_CV))
         agreement_parts.append(teacher_CV.argmax(-1) == student_CV.argmax(-1))
     return {
         "num_tokens": torch.ones(len(taken_N)),
@@ -190,6 +188,13 @@ def _token_values(teacher_NV: Tensor, student_NV: Tensor, taken_N: Tensor) -> di
         "nll_teacher": -teacher_NV.gather(1, taken_N1).squeeze(1),
         "agreement_top1": torch.cat(agreement_parts),
     }
+
+
+def kl_rows(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+    """KL(teacher‖student) of each row of two tables of log-probabilities, nats, [N]."""
+    probs_NV = teacher_NV.exp()
+    # A token that the teacher excludes (log-probability −∞) adds nothing: 0 · log 0 = 0.
+    return (probs_NV * (teacher_NV - student_NV)).masked_fill_(probs_NV == 0, 0.0).sum(-1)
 
 
 def _set_slots(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +223,8 @@ def _add_by_answer(total: np.ndarray, answer_N: np.ndarray, value_N: Tensor) -> 
     total += np.bincount(answer_N, weights=value_N.cpu().double().numpy(), minlength=len(total))
 
 
-def _require_finite(sums: np.ndarray, model: str, names: Sequence[str]) -> None:
+def require_finite(sums: np.ndarray, model: str, names: Sequence[str]) -> None:
+    """Raise ModelLogitsError unless the sums are finite; names the model and the first of ``names`` that is not."""
     if not np.isfinite(sums).all():
         raise ModelLogitsError(
             f"Model '{model}' gives NaN or an infinite loss on {names[int(np.argmin(np.isfinite(sums)))]}. "

@@ -18,17 +18,23 @@ from tdistill.evaluation.bootstrap import (
     bootstrap_ratio_difference,
 )
 from tdistill.evaluation.divergence import TokenTotals, divergences, teacher_loss_on
+from tdistill.evaluation.exposure import ExposureCurve
 from tdistill.evaluation.generation import SampledAnswer, sample_answers
-from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results, ShownAnswers
+from tdistill.evaluation.optional import (
+    check_optional,
+    exposure_records,
+    judge_records,
+    task_records,
+    text_records,
+)
+from tdistill.evaluation.records import EvaluationSettings, Result, Results, Scores, ShownAnswers
 from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.scope import TEACHER, Scope
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
 from tdistill.types import Trajectory
 
 _log = logging.getLogger(__name__)
-
-TEACHER = "teacher"
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,6 @@ class _Prompt:
     prompt_id: str
     prompt_ids: np.ndarray
     stored: list[SampledAnswer]
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """What every record of one evaluation shares."""
-
-    split: str
-    num_prompts: int
-    seed: int
-
-    def record(self, metric: str, subject: str, interval: Interval, **fields: object) -> Result:
-        unit, higher_is_better = METRICS[metric]
-        shared = {"split": self.split, "num_items": self.num_prompts, "level": _LEVEL, "unit": unit}
-        measured = {"metric": metric, "subject": subject, **interval._asdict(), "higher_is_better": higher_is_better}
-        return Result.model_validate({**shared, **measured, **fields})
 
 
 def evaluate(
@@ -69,7 +60,8 @@ def evaluate(
 
     Every interval is over prompts. On the stored teacher answers: divergence, losses, agreement, mass off the set, and
     the share of the gap that a student closed. On sampled answers: Rouge-L, distinct-2, length, termination, and the
-    teacher's loss on them. Of the model itself: decoding speed, parameters, bytes.
+    teacher's loss on them. Of the model itself: decoding speed, parameters, bytes. If the settings ask for it: exposure
+    bias, perplexity of plain text, win rates by a judge, and tasks with right answers.
 
     Args:
         subjects: name → student; ``teacher`` is added by itself.
@@ -83,15 +75,17 @@ def evaluate(
         progress: show bars with tokens per second.
     Raises:
         EmptyPromptSetError: no trajectory.
-        ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model.
+        ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model; and
+            see :func:`~tdistill.evaluation.optional.check_optional`, also for JudgeError and UnsupportedModelError.
         DataFileError: a prompt has no reference.
         TokenizerMismatchError: a model has fewer output tokens than the tokenizer.
         ModelLogitsError: a model returns NaN; names it.
     """
     models = {TEACHER: teacher, **subjects}
     _check(models, teacher, held_out, references, settings)
+    check_optional(models, tokenizer, settings, split)
     prompts = _group(held_out)
-    scope = _Scope(split, len(prompts), settings.bootstrap_seed)
+    scope = Scope(split, len(prompts), settings.bootstrap_seed)
     vocab_size = len(tokenizer)
 
     totals = divergences(
@@ -162,18 +156,39 @@ def evaluate(
         records += _cost_records(scope, name, model, [prompt.prompt_ids for prompt in prompts], settings.speed_tokens)
     for subject, against in dict.fromkeys(settings.compare):
         records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds)
+    curves: list[ExposureCurve] = []
+    if settings.exposure is not None:
+        prompts_ids = [prompt.prompt_ids for prompt in prompts]
+        found, curves = exposure_records(
+            scope, models, prompts_ids, stored, answers, vocab_size, settings, note, progress
+        )
+        records += found
+    if settings.perplexity is not None:
+        records += text_records(
+            scope, models, tokenizer, settings.perplexity, settings.batch_size, settings.compare, progress
+        )
+    if settings.tasks is not None:
+        records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare)
+    asked = [str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)) for prompt in prompts]
+    given_first = {TEACHER: [text(row[0]) for row in stored]}
+    given_first |= {name: [text(row[0]) for row in rows] for name, rows in answers.items() if name != TEACHER}
+    if settings.judge is not None:
+        records += judge_records(scope, asked, given_first, settings.judge, progress)
     shown = [
         ShownAnswers(
             prompt_id=prompt.prompt_id,
-            prompt=str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)),
-            answers={
-                TEACHER: text(prompt.stored[0]),
-                **{name: text(rows[index][0]) for name, rows in answers.items() if name != TEACHER},
-            },
+            prompt=asked[index],
+            answers={name: texts[index] for name, texts in given_first.items()},
         )
         for index, prompt in enumerate(prompts[: settings.num_shown_prompts])
     ]
-    return Results(settings=settings, records=tuple(records), answers=tuple(shown))
+    return Results(
+        settings=settings,
+        records=tuple(records),
+        answers=tuple(shown),
+        exposure=tuple(curves),
+        scores=_scores(split, prompts, totals, scores, by_prompt, {name: seeds[name] for name in answers}),
+    )
 
 
 def _check(
@@ -246,37 +261,71 @@ def _rouge(
     references: Sequence[Sequence[str]],
     text: Callable[[SampledAnswer], str],
 ) -> dict[str, np.ndarray]:
-    """Subject → Rouge-L F1 [prompts], averaged over the answers of each prompt."""
-    return {
-        name: np.array(
-            [
-                np.mean([rouge_l(text(answer), texts) for answer in row])
-                for row, texts in zip(rows, references, strict=True)
-            ]
-        )
-        for name, rows in answers.items()
-    }
+    """Subject → Rouge-L F1 [prompts, answers]; where prompts have unequally many, [prompts, 1]: the mean of each."""
+    found = {}
+    for name, rows in answers.items():
+        scores = [[rouge_l(text(answer), texts) for answer in row] for row, texts in zip(rows, references, strict=True)]
+        unequal = len({len(row) for row in scores}) > 1
+        found[name] = np.array([[np.mean(row)] for row in scores] if unequal else scores)
+    return found
 
 
 def _divergence_records(
-    scope: _Scope, name: str, total: TokenTotals, by_prompt: Callable[[np.ndarray], np.ndarray], note: str | None
+    scope: Scope, name: str, total: TokenTotals, by_prompt: Callable[[np.ndarray], np.ndarray], note: str | None
 ) -> list[Result]:
-    per_token = {
+    counts = by_prompt(total.num_tokens)
+    return [
+        scope.record(metric, name, bootstrap_ratio(by_prompt(sums), counts, scope.seed), note=note)
+        for metric, sums in _per_token(total).items()
+    ]
+
+
+def _per_token(total: TokenTotals) -> dict[str, np.ndarray]:
+    """Metric → sums over the tokens of each answer."""
+    sums = {
         "kl_teacher_student": total.kl_teacher_student,
         "nll_teacher_answers": total.nll,
         "agreement_top1": total.agreement_top1,
         "mass_outside_set": total.mass_outside_set,
     }
-    counts = by_prompt(total.num_tokens)
-    return [
-        scope.record(metric, name, bootstrap_ratio(by_prompt(sums), counts, scope.seed), note=note)
-        for metric, sums in per_token.items()
-        if sums is not None
-    ]
+    return {metric: of for metric, of in sums.items() if of is not None}
+
+
+def _scores(
+    split: str,
+    prompts: Sequence[_Prompt],
+    totals: Mapping[str, TokenTotals],
+    answer_scores: Mapping[str, Mapping[str, np.ndarray]],
+    by_prompt: Callable[[np.ndarray], np.ndarray],
+    seeds: Mapping[str, tuple[int, ...]],
+) -> Scores:
+    """What was measured of each prompt; ``seeds`` of the subjects whose answers were sampled."""
+    token_sums: dict[str, dict[str, list[float]]] = {}
+    for name, total in totals.items():
+        for metric, sums in _per_token(total).items():
+            token_sums.setdefault(metric, {})[name] = by_prompt(sums).round(6).tolist()
+
+    def rows(name: str, scores: np.ndarray) -> list[list[float]]:
+        # Stored answers are not seeds of each other.
+        return (scores if name in seeds else scores.mean(1, keepdims=True)).round(6).tolist()
+
+    return Scores.model_validate(
+        {
+            "split": split,
+            "prompt_ids": [prompt.prompt_id for prompt in prompts],
+            "num_tokens": by_prompt(totals[TEACHER].num_tokens).astype(int).tolist(),
+            "token_sums": token_sums,
+            "seeds": {name: seeds.get(name, ()) for name in totals},
+            "answer_scores": {
+                metric: {name: rows(name, scores) for name, scores in of.items()}
+                for metric, of in answer_scores.items()
+            },
+        }
+    )
 
 
 def _gap_closed(
-    scope: _Scope,
+    scope: Scope,
     name: str,
     totals: Mapping[str, TokenTotals],
     by_prompt: Callable[[np.ndarray], np.ndarray],
@@ -301,7 +350,7 @@ def _gap_closed(
 
 
 def _answer_records(
-    scope: _Scope, name: str, rows: Sequence[Sequence[SampledAnswer]], seeds: tuple[int, ...], note: str | None
+    scope: Scope, name: str, rows: Sequence[Sequence[SampledAnswer]], seeds: tuple[int, ...], note: str | None
 ) -> list[Result]:
     lengths = [float(np.mean([len(answer.token_ids) for answer in row])) for row in rows]
     terminated = [float(np.mean([answer.terminated for answer in row])) for row in rows]
@@ -316,7 +365,7 @@ def _answer_records(
 
 
 def _cost_records(
-    scope: _Scope, name: str, model: PreTrainedModel, prompts_ids: list[np.ndarray], speed_tokens: int
+    scope: Scope, name: str, model: PreTrainedModel, prompts_ids: list[np.ndarray], speed_tokens: int
 ) -> list[Result]:
     parameters, size = float(num_parameters(model)), float(weights_bytes(model))
     exact = {"level": None, "num_items": 1}
@@ -335,7 +384,7 @@ def _cost_records(
 
 
 def _differences(
-    scope: _Scope,
+    scope: Scope,
     subject: str,
     against: str,
     totals: Mapping[str, TokenTotals],

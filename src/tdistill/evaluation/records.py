@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_serializer
 
 from tdistill.errors import DataFileError
+from tdistill.evaluation.exposure import ExposureCurve, ExposureSettings
+from tdistill.evaluation.judge import JudgeSettings
+from tdistill.evaluation.perplexity import PerplexitySettings
+from tdistill.evaluation.tasks import TaskSettings
 
 
 class Metric(NamedTuple):
@@ -32,6 +36,23 @@ METRICS = {
     "num_parameters": Metric("parameters", False),
     "weights_bytes": Metric("bytes", False),
 }
+"""What every evaluation measures."""
+
+OPTIONAL_METRICS = {
+    "kl_own_prefixes": Metric("nats/token", False),
+    "kl_teacher_prefixes": Metric("nats/token", False),
+    "excess_accumulated_error": Metric("share", False),
+    "text_nll": Metric("nats/token", False),
+    "text_perplexity": Metric("", False),
+    "text_word_perplexity": Metric("", False),
+    "text_bits_per_byte": Metric("bits/byte", False),
+    "judge_win_rate": Metric("share", True),
+    "judge_tie_share": Metric("share", None),
+    "judge_self_agreement": Metric("share", None),
+    "judge_unread_share": Metric("share", None),
+    "task_accuracy": Metric("share", True),
+}
+"""What an evaluation measures when its settings ask for it."""
 
 
 class EvaluationSettings(BaseModel):
@@ -50,6 +71,10 @@ class EvaluationSettings(BaseModel):
         start: subject that a student's gain is measured from, in ``gap_closed``.
         num_shown_prompts: prompts whose answers are kept as text.
         speed_tokens: tokens of one timed generation.
+        exposure: measure exposure bias, or None.
+        perplexity: measure the perplexity of plain text, or None.
+        judge: have a language model compare the answers, or None.
+        tasks: name → task with right and wrong answers, or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,21 +90,25 @@ class EvaluationSettings(BaseModel):
     start: str = "start"
     num_shown_prompts: int = Field(default=12, ge=0)
     speed_tokens: int = Field(default=64, ge=1)
+    exposure: ExposureSettings | None = None
+    perplexity: PerplexitySettings | None = None
+    judge: JudgeSettings | None = None
+    tasks: dict[str, TaskSettings] | None = None
 
 
 class Result(BaseModel):
     """One measured number.
 
     Attributes:
-        metric: a key of :data:`METRICS`.
+        metric: a key of :data:`METRICS` or :data:`OPTIONAL_METRICS`.
         subject: name of the model, such as ``teacher``, ``start``, ``sft`` or ``bd``.
-        split: name of the prompt set.
+        split: name of the prompt set; ``text`` for plain text, and the name of a task.
         value: point estimate; with ``against``, the paired difference subject − against.
         low: lower end of the interval, or None where the data define none (a single prompt).
         high: upper end.
         level: confidence level of a bootstrap interval over prompts; None where low and high are not one.
         unit: unit of value, low and high.
-        num_items: prompts (or timed runs) behind the value.
+        num_items: prompts (or timed runs, documents, questions) behind the value.
         seeds: sampling seeds averaged inside each prompt; empty for what is not sampled.
         against: the other subject of a paired difference, or None.
         higher_is_better: None where neither direction is.
@@ -113,14 +142,57 @@ class ShownAnswers(BaseModel):
     answers: dict[str, str]
 
 
+class Scores(BaseModel):
+    """Content of ``scores.json``: what the intervals of ``results.json`` are over, prompt by prompt.
+
+    Two runs that share prompts can be compared pair by pair with it. Numbers are rounded to 1e-6.
+
+    Attributes:
+        format: what the file is.
+        version: of its format.
+        split: name of the prompt set.
+        prompt_ids: the prompts; every list below has their order.
+        num_tokens: tokens of each prompt's stored answers.
+        token_sums: metric → subject → sums over those tokens.
+        seeds: subject → seeds of its sampled answers; none for stored answers.
+        answer_scores: metric → subject → by prompt, one score per seed, or the mean over the stored answers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["tdistill-scores"] = "tdistill-scores"
+    version: Literal[1] = 1
+    split: str
+    prompt_ids: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    token_sums: dict[str, dict[str, tuple[FiniteFloat, ...]]]
+    seeds: dict[str, tuple[int, ...]]
+    answer_scores: dict[str, dict[str, tuple[tuple[FiniteFloat, ...], ...]]]
+
+
 class Results(BaseModel):
-    """Content of ``results.json``."""
+    """Content of ``results.json``.
+
+    Attributes:
+        settings: how it was measured.
+        records: the numbers.
+        answers: texts of some prompts.
+        exposure: curves over position; left out of the file where none was measured.
+        scores: content of ``scores.json``; never in this file.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: EvaluationSettings
     records: tuple[Result, ...]
     answers: tuple[ShownAnswers, ...]
+    exposure: tuple[ExposureCurve, ...] = ()
+    scores: Scores | None = Field(default=None, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_measured(self, handler: Any) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return content if self.exposure else {key: value for key, value in content.items() if key != "exposure"}
 
     def to_json(self) -> str:
         """Return the JSON text of ``results.json``."""

@@ -306,9 +306,12 @@ def _kind(value: Any) -> str:
     return f"{names.get(type(value), type(value).__name__)} ({text if len(text) <= 40 else text[:37] + '...'})"
 
 
-def read_texts(source: str) -> list[str]:
+def read_texts(source: str, key: str = "data.text") -> list[str]:
     """Plain texts of a ``.jsonl`` file of objects with ``text``; ``package:NAME/FILE`` names one in a package.
 
+    Args:
+        source: path or package address.
+        key: place in a recipe that names the file, for messages.
     Raises:
         DataFileError: missing or malformed; names the line.
         EmptyPromptSetError: no text in it.
@@ -317,7 +320,7 @@ def read_texts(source: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"{path} (data.text) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
+        raise DataFileError(f"{path} ({key}) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
     texts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -327,8 +330,8 @@ def read_texts(source: str) -> list[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise DataFileError(f'{path} (data.text), line {number}: expected an object such as {{"text": "Hello."}}.')
+            raise DataFileError(f'{path} ({key}), line {number}: expected an object such as {{"text": "Hello."}}.')
         texts.append(text)
     if not texts:
-        raise EmptyPromptSetError(f'{path} (data.text) is empty. Add lines such as {{"text": "Hello."}}.')
+        raise EmptyPromptSetError(f'{path} ({key}) is empty. Add lines such as {{"text": "Hello."}}.')
     return texts

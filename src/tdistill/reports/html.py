@@ -24,7 +24,7 @@ from tdistill.reports.write import write_atomically
 NUM_ANSWERS = 12
 
 # Names, prompts and answers are other people's text: everything that a template prints is escaped.
-_ENVIRONMENT = Environment(
+ENVIRONMENT = Environment(
     loader=PackageLoader("tdistill.reports", "templates"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -45,12 +45,13 @@ def report_html(artifacts: RunArtifacts) -> str:
         "temporal": plots.temporal_curves(artifacts),
         "sparsity": plots.sparsity_chart(results.sparsity),
     }
-    return _ENVIRONMENT.get_template("report.html.j2").render(
+    return ENVIRONMENT.get_template("report.html.j2").render(
         results=results,
         facts=facts(results),
         verdict=" ".join(verdict(results)),
         split=split,
         tables={group: build_table(results, group) for group in GROUP_TITLES},
+        optional_groups=("exposure", "judge", "text", "tasks"),
         other_tables=[
             table for name in other_splits for g in ("fidelity", "answers") if (table := build_table(results, g, name))
         ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tdistill.errors import DataFileError
 
@@ -145,6 +147,67 @@ class Results(_Frozen):
         return (*(name for name in known if name in measured), *(name for name in measured if name not in known))
 
 
+class Scores(_Frozen):
+    """The content of scores.json: what was measured of each prompt.
+
+    Attributes:
+        split: name of the prompt set.
+        prompt_ids: the prompts; every list below has their order.
+        num_tokens: tokens of each prompt's stored answers.
+        token_sums: metric → subject → sums over those tokens.
+        seeds: subject → seeds of its sampled answers; none for stored answers.
+        answer_scores: metric → subject → by prompt, one score per seed.
+    """
+
+    format: Literal["tdistill-scores"]
+    version: Literal[1]
+    split: str
+    prompt_ids: tuple[str, ...] = Field(min_length=1)
+    num_tokens: tuple[int, ...]
+    token_sums: dict[str, dict[str, tuple[float, ...]]]
+    seeds: dict[str, tuple[int, ...]]
+    answer_scores: dict[str, dict[str, tuple[tuple[float, ...], ...]]]
+
+    @model_validator(mode="after")
+    def _one_entry_per_prompt(self) -> Scores:
+        listed: dict[str, Sequence[Any]] = {"num_tokens": self.num_tokens}
+        for kind, metrics in (("token_sums", self.token_sums), ("answer_scores", self.answer_scores)):
+            listed |= {f"{kind}.{m}.{name}": rows for m, of in metrics.items() for name, rows in of.items()}
+        for place, rows in listed.items():
+            if len(rows) != len(self.prompt_ids):
+                raise ValueError(f"{place} has {len(rows)} entries for {len(self.prompt_ids)} prompts")
+        for metric, of in self.answer_scores.items():
+            for name, rows in of.items():
+                if len({len(row) for row in rows}) > 1 or not rows[0]:
+                    raise ValueError(f"answer_scores.{metric}.{name} has not equally many scores for each prompt")
+        if len(set(self.prompt_ids)) < len(self.prompt_ids):
+            raise ValueError("a prompt is listed twice")
+        return self
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """What a comparison reads of a run.
+
+    Attributes:
+        folder: where it was read from.
+        recipe: content of recipe.yaml.
+        results: content of results.json.
+        scores: content of scores.json.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    results: Results
+    scores: Scores
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The subjects that have values by prompt, in the order of the results."""
+        scored = {name for of in (self.scores.token_sums, self.scores.answer_scores) for m in of.values() for name in m}
+        return tuple(name for name in self.results.subjects if name in scored)
+
+
 @dataclass(frozen=True)
 class RunArtifacts:
     """All that a report may read of a run.
@@ -170,8 +233,7 @@ def load_run(folder: Path) -> RunArtifacts:
     Raises:
         DataFileError: a file is missing or malformed; names it, the place in it and the verb that makes it.
     """
-    if not folder.is_dir():
-        raise DataFileError(f"There is no run folder {folder}. {_REMEDY}")
+    _require_folder(folder)
     environment_path = folder / "environment.json"
     environment = _parse_json(_read_text(environment_path), str(environment_path))
     if not isinstance(environment, dict):
@@ -182,6 +244,31 @@ def load_run(folder: Path) -> RunArtifacts:
         environment=environment,
         metrics=_read_metrics(folder / "metrics.jsonl"),
         results=read_results(folder / "results.json"),
+    )
+
+
+def load_scored_run(folder: Path) -> ScoredRun:
+    """Read recipe.yaml, results.json and scores.json of an evaluated run.
+
+    Raises:
+        DataFileError: a file is missing or malformed; names it, and the verb that makes it.
+    """
+    _require_folder(folder)
+    results = read_results(folder / "results.json")
+    recipe_path, scores_path = folder / "recipe.yaml", folder / "scores.json"
+    try:
+        recipe = yaml.safe_load(_read_text(recipe_path))
+    except yaml.YAMLError as error:
+        raise DataFileError(f"{recipe_path} is not YAML: {error}. {_REMEDY}") from error
+    if not isinstance(recipe, dict):
+        raise DataFileError(f"{recipe_path} is no recipe. {_REMEDY}")
+    if not scores_path.is_file():
+        raise DataFileError(
+            f"{scores_path} is missing: the run was evaluated by an older version, which kept no values by prompt. "
+            f"`tdistill eval {recipe_path} output={folder}` measures again and writes it."
+        )
+    return ScoredRun(
+        folder, recipe, results, _validate(Scores, _parse_json(_read_text(scores_path), str(scores_path)), scores_path)
     )
 
 
@@ -202,6 +289,11 @@ def read_results(path: Path) -> Results:
             raise DataFileError(f"{path} holds two records of (metric, subject, split, against) = {key}. {_REMEDY}")
         seen.add(key)
     return results
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataFileError(f"There is no run folder {folder}. {_REMEDY}")
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:

@@ -11,8 +11,10 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tdistill.reports.load import Phase, RunArtifacts, SetSize, Sparsity, TopKMass
-from tdistill.reports.records import format_number
+from tdistill.reports.compare import Comparison
+from tdistill.reports.load import Phase, Record, RunArtifacts, SetSize, Sparsity, TopKMass
+from tdistill.reports.records import Scale, format_number, format_record, has_interval, scale_of
+from tdistill.reports.tables import title_of
 
 _SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", _SVG)
@@ -190,6 +192,72 @@ def sparsity_study_chart(study: Mapping[str, Any]) -> str:
     return _figure("sparsity-study", "Choice of p", f"On the stored states {told}.", 4, draw)
 
 
+def comparison_chart(comparison: Comparison, metric: str, cost: str | None = None) -> str:
+    """One metric of every row with its interval, its difference to the baseline, and its value over a cost.
+
+    Args:
+        comparison: with at least one record of the metric, and of the cost.
+        metric: drawn.
+        cost: drawn along the x axis of a last panel, or None.
+    """
+    values = {row.label: r for row in comparison.rows if (r := comparison.find(metric, row.label)) is not None}
+    scale, best = scale_of([*values.values()]), comparison.best.get(metric)
+    leading = () if best is None else (best.label, *best.not_separable)
+    other = comparison.against
+    differences = {label: r for label in values if (r := comparison.find(metric, label, other)) is not None}
+    name = f"{title_of(metric)}, {scale.unit}".rstrip(", ")
+    drawings: list[Callable[[Axes], None]] = []
+
+    def draw_values(axes: Axes) -> None:
+        _intervals(axes, values, scale, leading)
+        axes.set_xlabel(name)
+
+    def draw_differences(axes: Axes) -> None:
+        _intervals(axes, differences, scale, leading)
+        axes.axvline(0, color=_INK, linestyle="--", linewidth=1)
+        axes.set_xlabel(f"{name}, difference to {other}")
+
+    def draw_cost(axes: Axes) -> None:
+        costs = {label: r for label in values if (r := comparison.find(cost or "", label)) is not None}
+        cost_scale = scale_of([*costs.values()])
+        for label, record in costs.items():
+            x, y = record.value * cost_scale.factor, values[label].value * scale.factor  # type: ignore[operator]
+            colour = _COLOURS[0 if label in leading else -1]
+            axes.plot([x], [y], "o", color=colour, markerfacecolor=colour if label in leading else "none")
+            if has_interval(values[label]):
+                low, high = values[label].low, values[label].high
+                axes.plot([x, x], [low * scale.factor, high * scale.factor], color=colour)  # type: ignore[operator]
+            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.15)  # room for the names
+        axes.set(xlabel=f"{title_of(cost or '')}, {cost_scale.unit}", ylabel=name)
+
+    drawings.append(draw_values)
+    if other is not None and differences:
+        drawings.append(draw_differences)
+    if cost is not None:
+        drawings.append(draw_cost)
+
+    def draw(panels: Sequence[Axes]) -> None:
+        for axes, drawing in zip(panels, drawings, strict=True):
+            drawing(axes)
+
+    told = "; ".join(f"{label} {format_record(record, scale)}" for label, record in values.items())
+    height = max(_ROW_IN, 0.8 + 0.25 * len(values))
+    return _figure("comparison", title_of(metric), f"{name}: {told}.", len(drawings), draw, columns=1, row_in=height)
+
+
+def _intervals(axes: Axes, records: Mapping[str, Record], scale: Scale, leading: Sequence[str]) -> None:
+    """A point and an interval for each label, the first on top; those that lead are filled."""
+    for index, (label, record) in enumerate(records.items()):
+        colour, y = _COLOURS[0 if label in leading else -1], len(records) - 1 - index
+        if has_interval(record):
+            axes.plot([record.low * scale.factor, record.high * scale.factor], [y, y], color=colour)  # type: ignore[operator]
+        filled = colour if label in leading else "none"
+        axes.plot([record.value * scale.factor], [y], "o", color=colour, markerfacecolor=filled)  # type: ignore[operator]
+    axes.set_yticks(range(len(records)), [*records][::-1])
+    axes.set_ylim(-0.6, len(records) - 0.4)
+
+
 def _top_k_mass(axes: Axes, masses: Sequence[TopKMass]) -> None:
     _line(axes, 0, [entry.k for entry in masses], [entry.mean for entry in masses], None)
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel="mean mass of the top k tokens")
@@ -242,13 +310,19 @@ def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float], label:
 
 
 def _figure(
-    name: str, title: str, description: str, num_panels: int, draw: Callable[[Sequence[Axes]], None], columns: int = 2
+    name: str,
+    title: str,
+    description: str,
+    num_panels: int,
+    draw: Callable[[Sequence[Axes]], None],
+    columns: int = 2,
+    row_in: float = _ROW_IN,
 ) -> str:
     """Draw on ``num_panels`` axes and return one SVG element with a title and a description."""
     columns = min(columns, num_panels)
     rows = -(-num_panels // columns)
     with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
-        figure = Figure(figsize=(_WIDTH_IN, _ROW_IN * rows), layout="constrained")
+        figure = Figure(figsize=(_WIDTH_IN, row_in * rows), layout="constrained")
         panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes in panels[num_panels:]:
             axes.set_axis_off()

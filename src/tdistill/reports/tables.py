@@ -11,24 +11,29 @@ from tdistill.reports.findings import facts, verdict
 from tdistill.reports.load import Record, Results, RunArtifacts, read_results
 from tdistill.reports.records import find, format_record, has_interval, main_split, scale_of, separated_best
 
-Group = Literal["fidelity", "answers", "size"]
+Group = Literal["fidelity", "answers", "exposure", "judge", "text", "tasks", "size"]
 
 TERMINAL_WIDTH = 100
 
 GROUP_TITLES: dict[Group, str] = {
     "fidelity": "Distance from the teacher",
     "answers": "The answers",
+    "exposure": "Exposure bias",
+    "judge": "Answers compared by a judge",
+    "text": "Plain text",
+    "tasks": "Tasks",
     "size": "Size and speed",
 }
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric that has a place in a table."""
+    """A metric that has a place in a table; ``split`` where it is not measured on the prompts of the table."""
 
     metric: str
     title: str
     group: Group
+    split: str | None = None
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -43,10 +48,31 @@ COLUMNS: tuple[Column, ...] = (
     Column("response_length", "Length", "answers"),
     Column("terminated_share", "Ended by an end token", "answers"),
     Column("teacher_nll_on_student_answers", "Teacher's NLL of the answers", "answers"),
+    Column("kl_own_prefixes", "KL on own prefixes", "exposure"),
+    Column("kl_teacher_prefixes", "KL on the teacher's prefixes", "exposure"),
+    Column("excess_accumulated_error", "Excess accumulated error", "exposure"),
+    Column("judge_win_rate", "Win rate", "judge"),
+    Column("judge_tie_share", "Ties", "judge"),
+    Column("judge_self_agreement", "Judge agrees with itself", "judge"),
+    Column("judge_unread_share", "Without a verdict", "judge"),
+    Column("text_nll", "NLL", "text", "text"),
+    Column("text_perplexity", "Perplexity per token", "text", "text"),
+    Column("text_word_perplexity", "Perplexity per word", "text", "text"),
+    Column("text_bits_per_byte", "Bits per byte", "text", "text"),
     Column("num_parameters", "Parameters", "size"),
     Column("weights_bytes", "Weights", "size"),
     Column("decode_tokens_per_s", "Decoding", "size"),
+    Column("training_s", "Training", "size"),
 )
+
+
+def title_of(metric: str) -> str:
+    """Title of a metric's column, or the metric where it has none.
+
+    >>> title_of("decode_tokens_per_s"), title_of("mine")
+    ('Decoding', 'mine')
+    """
+    return next((column.title for column in COLUMNS if column.metric == metric), metric)
 
 
 @dataclass(frozen=True)
@@ -67,11 +93,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows are subjects, columns are metrics; columns that nobody measured are left out."""
+    """Rows are subjects, columns are metrics; columns that nobody measured are left out.
+
+    Attributes:
+        caption: what is shown.
+        headers: of the columns.
+        rows: of the subjects.
+        best_is: what the mark of a cell says.
+    """
 
     caption: str
     headers: tuple[str, ...]
     rows: tuple[Row, ...]
+    best_is: str = "the best student, separated from every other student"
 
     @property
     def any_best(self) -> bool:
@@ -84,15 +118,16 @@ def build_table(results: Results, group: Group = "fidelity", split: str | None =
     split = main_split(results) if split is None else split
     columns: list[tuple[str, dict[str, Cell]]] = []
     shown: list[Record] = []
-    for column in COLUMNS:
+    for column in (*COLUMNS, *_task_columns(results)):
         if column.group != group:
             continue
-        found = {name: _lookup(results, column, name, split) for name in results.subjects}
+        own_split = column.split or split
+        found = {name: _lookup(results, column, name, own_split) for name in results.subjects}
         records = {name: record for name, record in found.items() if record is not None}
         if not records:
             continue
         scale = scale_of(list(records.values()))
-        best = separated_best(results, column.metric, split)
+        best = separated_best(results, column.metric, own_split)
         cells = {name: Cell(format_record(record, scale), name == best) for name, record in found.items()}
         header = f"{column.title} ({scale.unit})" if scale.unit not in ("", column.title.lower()) else column.title
         columns.append((header, cells))
@@ -105,6 +140,12 @@ def build_table(results: Results, group: Group = "fidelity", split: str | None =
         headers=tuple(header for header, _ in columns),
         rows=tuple(Row(_label(results, name), tuple(cells[name] for _, cells in columns)) for name in subjects),
     )
+
+
+def _task_columns(results: Results) -> list[Column]:
+    """One column for each task, which the records have as their split."""
+    tasks = dict.fromkeys(record.split for record in results.records if record.metric == "task_accuracy")
+    return [Column("task_accuracy", task, "tasks", task) for task in tasks]
 
 
 def _lookup(results: Results, column: Column, subject: str, split: str) -> Record | None:
@@ -126,7 +167,8 @@ def _label(results: Results, subject: str) -> str:
 def _caption(group: Group, split: str, records: Sequence[Record]) -> str:
     parts = [GROUP_TITLES[group]]
     if group != "size":
-        parts.append(f"{split} split")
+        if group not in ("text", "tasks"):
+            parts.append(f"{split} split")
         items = sorted({record.num_items for record in records if record.num_items is not None})
         if items:
             parts.append(f"{items[0]:,} items" if len(items) == 1 else f"{items[0]:,} to {items[-1]:,} items")
@@ -148,27 +190,32 @@ def escape_markdown(text: str) -> str:
 def markdown_table(results: Results, group: Group = "fidelity", split: str | None = None) -> str:
     """The table of one group as GitHub Markdown with its caption below, or an empty string when there is none."""
     table = build_table(results, group, split)
-    if table is None:
-        return ""
+    return "" if table is None else to_markdown(table)
+
+
+def to_markdown(table: Table) -> str:
+    """A table as GitHub Markdown with its caption below."""
     lines = ["| | " + " | ".join(escape_markdown(header) for header in table.headers) + " |"]
     lines.append("|---" + "|---:" * len(table.headers) + "|")
     for row in table.rows:
         cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
         lines.append(f"| {escape_markdown(row.label)} | " + " | ".join(cells) + " |")
-    legend = " Bold: the best student, separated from every other student." if table.any_best else ""
+    legend = f" Bold: {table.best_is}." if table.any_best else ""
     return "\n".join([*lines, "", f"{escape_markdown(table.caption)}.{legend}", ""])
 
 
 def terminal_table(artifacts: RunArtifacts, width: int = TERMINAL_WIDTH) -> str:
     """All groups as plain text, no line wider than ``width`` unless one column alone is, then the verdict."""
-    blocks = []
-    for group in GROUP_TITLES:
-        table = build_table(artifacts.results, group)
-        if table is not None:
-            legend = " (* = best student, separated from every other)" if table.any_best else ""
-            blocks.append("\n".join([f"{table.caption}{legend}", *_text_lines(table, width)]))
+    tables = [build_table(artifacts.results, group) for group in GROUP_TITLES]
+    blocks = [to_text(table, width) for table in tables if table is not None]
     blocks.append("\n".join(verdict(artifacts.results)))
     return "\n\n".join(blocks) + "\n"
+
+
+def to_text(table: Table, width: int = TERMINAL_WIDTH) -> str:
+    """A table as plain text below its caption, no line of it wider than ``width`` unless one column alone is."""
+    legend = f" (* = {table.best_is})" if table.any_best else ""
+    return "\n".join([f"{table.caption}{legend}", *_text_lines(table, width)])
 
 
 def _text_lines(table: Table, width: int) -> list[str]:

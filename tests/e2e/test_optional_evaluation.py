@@ -1,0 +1,45 @@
+"""A tiny run whose recipe asks for exposure bias and perplexity: through the command line to the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cli.harness import ARGUMENTS, changed, recipe_tree, strict_json, tdistill, write_recipe
+
+from tdistill.reports.load import load_run
+from tdistill.reports.records import find
+
+
+def test_what_a_recipe_asks_for_is_measured_and_reported(
+    tmp_path: Path, tiny_teacher_folder: Path, tiny_prompt_files: dict[str, Path]
+):
+    text = tmp_path / "text.jsonl"
+    prompts = [json.loads(line)["prompt"] for line in tiny_prompt_files["held_out"].read_text().splitlines()]
+    text.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    tree = recipe_tree(tiny_teacher_folder, tiny_prompt_files, tmp_path / "run")
+    tree["phases"] = {"sft": {"args": {**ARGUMENTS, "objective": "sft", "max_steps": 2}}}
+    tree = changed(
+        tree,
+        evaluation={"exposure": {}, "perplexity": {"text": str(text), "window_tokens": 32, "stride_tokens": 16}},
+    )
+    recipe = write_recipe(tmp_path / "recipe.yaml", tree)
+
+    # A missing text is found before the teacher answers.
+    refused = tdistill("run", recipe, "evaluation.perplexity.text=none.jsonl")
+    assert refused.code == 3 and "none.jsonl (evaluation.perplexity.text)" in refused.err
+    assert not (tmp_path / "run" / "store").exists()
+
+    outcome = tdistill("run", recipe)
+    assert outcome.code == 0, outcome.err
+    results = load_run(tmp_path / "run").results
+    assert find(results, "excess_accumulated_error", "sft", "held_out") is not None
+    teacher, start, sft = (find(results, "text_perplexity", name, "text") for name in ("teacher", "start", "sft"))
+    assert teacher is not None and start is not None and sft is not None
+    assert teacher.value is not None and start.value is not None and teacher.value < start.value
+    assert teacher.num_items == len(prompts)
+    raw = strict_json((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert [curve["subject"] for curve in raw["exposure"]] == ["start", "sft"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for place in (page, outcome.out, (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")):
+        assert "Excess accumulated error" in place and "Perplexity per word" in place

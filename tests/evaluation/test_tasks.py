@@ -1,0 +1,141 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
+from tdistill.evaluation import tasks
+from tdistill.evaluation.tasks import TaskSettings, check_task, run_task, task_config
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ('{"question": "a", "answer": "#### 1"}\n{"question": "b"}\n', DataFileError, r"line 2: expected an object"),
+        ('{"question": "a", "answer": 4}\n', DataFileError, r"line 1: expected an object"),
+        ("not json\n", DataFileError, r"line 1"),
+        ('{"question": "a", "answer": "four"}\n', DataFileError, r"line 1: the answer 'four' has no '####'.*text"),
+        ("\n", EmptyPromptSetError, r"\(evaluation\.tasks\.sums\.data\) is empty"),
+    ],
+)
+def test_bad_files_are_named(installed, tmp_path, text, error, message):
+    path = tmp_path / "sums.jsonl"
+    path.write_text(text)
+    with pytest.raises(error, match=message):
+        check_task("sums", TaskSettings(data=str(path)))
+
+
+def test_what_is_missing_is_named(installed, tmp_path, monkeypatch):
+    with pytest.raises(DataFileError, match=r"none\.jsonl \(evaluation\.tasks\.sums\.data\) cannot be read"):
+        check_task("sums", TaskSettings(data=str(tmp_path / "none.jsonl")))
+    data = write(tmp_path / "sums.jsonl", [{"question": "a", "answer": "#### 1"}])
+    with pytest.raises(EmptyPromptSetError, match=r"fewshot_data\) holds 1 examples, fewer than num_fewshot = 2"):
+        check_task("sums", TaskSettings(data=data, fewshot_data=data, num_fewshot=2))
+    for fields in ({"num_fewshot": 2}, {"fewshot_data": data}):
+        with pytest.raises(ValidationError, match="belong together"):
+            TaskSettings(data=data, **fields)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks\.sums needs the package lm-eval.*tdistill\[tasks\]"):
+        check_task("sums", TaskSettings(data=data))
+
+
+# ---- with lm-eval ----
+
+
+class Answers:
+    """In the place of a model: gives fixed answers, as lm-eval asks for them."""
+
+    def __new__(cls, answers):
+        from lm_eval.api.model import LM
+
+        class Fixed(LM):
+            def __init__(self):
+                super().__init__()
+                self.asked = []
+
+            def generate_until(self, requests, disable_tqdm=False):
+                self.asked += [request.args[0] for request in requests]
+                return [next(a for q, a in answers.items() if request.args[0].endswith(f"{q}\nAnswer:")) for request in
+                        requests]  # fmt: skip
+
+            def loglikelihood(self, requests):
+                raise NotImplementedError
+
+            def loglikelihood_rolling(self, requests):
+                raise NotImplementedError
+
+        return Fixed()
+
+
+def marks(model, name, settings):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=model,
+        tasks=[task_config(name, settings)],
+        task_manager=TaskManager(include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    return [sample["exact_match"] for sample in samples]
+
+
+def test_numbers_are_marked_as_gsm8k_does(tmp_path):
+    pytest.importorskip("lm_eval")
+    gold = {"right": "2 + 16 = 18\n#### 18", "comma": "#### 1,000", "wrong": "#### 7", "unmarked": "#### 5",
+            "later": "#### 3", "negative": "#### -4"}  # fmt: skip
+    said = {"right": "So it is 18.\n#### 18", "comma": "#### $1000", "wrong": "#### 8", "unmarked": "The answer is 5",
+            "later": "#### 3\nand\n#### 9", "negative": "x ####-4."}  # fmt: skip
+    data = write(tmp_path / "d.jsonl", [{"question": q, "answer": a} for q, a in gold.items()])
+    found = dict(zip(gold, marks(Answers(said), "sums", TaskSettings(data=data)), strict=True))
+    assert found == {"right": 1, "comma": 0, "wrong": 0, "unmarked": 0, "later": 1, "negative": 1}
+
+
+def test_texts_are_marked_without_regard_to_case(tmp_path):
+    pytest.importorskip("lm_eval")
+    gold, said = {"a": "Paris", "b": "the sea", "c": "no"}, {"a": " paris\n", "b": "The Sea.", "c": "no way"}
+    data = write(tmp_path / "d.jsonl", [{"question": q, "answer": a} for q, a in gold.items()])
+    assert marks(Answers(said), "capitals", TaskSettings(data=data, answer="text")) == [1, 1, 0]
+
+
+def test_examples_come_first_and_in_order(tmp_path):
+    pytest.importorskip("lm_eval")
+    examples = write(tmp_path / "e.jsonl", [{"question": f"e{i}", "answer": f"#### {i}"} for i in range(3)])
+    data = write(tmp_path / "d.jsonl", [{"question": "q", "answer": "#### 9"}])
+    model = Answers({"q": "#### 9"})
+    assert marks(model, "sums", TaskSettings(data=data, fewshot_data=examples, num_fewshot=2)) == [1]
+    assert model.asked == ["Question: e0\nAnswer: #### 0\n\nQuestion: e1\nAnswer: #### 1\n\nQuestion: q\nAnswer:"]
+
+
+def test_a_model_is_run_and_marked_in_the_order_of_the_file(tmp_path, make_model, tokenizer):
+    pytest.importorskip("lm_eval")
+    model = make_model(0)
+    # What the model says, greedily and one question at a time; answers of end tokens alone are left out.
+    said = {}
+    for question in [f"word{index}" for index in range(2, 40)]:
+        ids = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")["input_ids"]
+        out = model.generate(ids, do_sample=False, max_new_tokens=4, eos_token_id=0, pad_token_id=0)
+        if answer := tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True):
+            said[question] = answer
+    assert len(said) >= 4 and len(set(said.values())) > 1
+    questions, answers = list(said), list(said.values())
+    answers[1] = "word2 word2"
+    data = write(tmp_path / "d.jsonl", [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
+    settings = TaskSettings(data=data, answer="text", max_new_tokens=4, batch_size=3)
+    model.generation_config.repetition_penalty = 9.0  # of the folder: must not enter
+    expected = [1.0, 0.0, *[1.0] * (len(said) - 2)]
+    assert run_task(model, tokenizer, "words", settings, end_token_ids=(0,)).tolist() == expected
+    short = settings.model_copy(update={"limit": 2})
+    assert run_task(model, tokenizer, "words", short, end_token_ids=(0,)).tolist() == [1.0, 0.0]
