@@ -79,6 +79,16 @@ class Experiments:
             "seconds": time.perf_counter() - started,
         }
 
+    def step_s(self, what: Claims, method: Method) -> float:
+        """Seconds per step with nothing else running: the median of six, or the mean over one round of own answers."""
+        setup = self.setup(what)
+        model = load_causal_lm(self.healed(what), dtype="float32")
+        steps = 7 if method.rollouts is None else setup.rollouts["every"]  # the first of the seven warms up
+        args = {**setup.second_phase, **method.args, "max_steps": steps, "eval_strategy": "no"}
+        store = self.setup(what, references=True).stores["train"] if method.references else None
+        _, times = train(setup, model, args, 0, method.rollouts, store)
+        return times.median_s if method.rollouts is None else times.mean_s
+
     def before(self, what: Claims) -> dict[str, Any]:
         """The healed start, measured like a unit."""
         started = time.perf_counter()
@@ -132,11 +142,11 @@ def estimate_s(name: str) -> float:
     return total
 
 
-def write(name: str, setup: Setup, rows: list[dict[str, Any]]) -> None:
+def write(name: str, setup: Setup, rows: list[dict[str, Any]], step_s: dict[str, float]) -> None:
     """Write the JSON, a line per row."""
     head = {"experiment": name, "facts": setup.facts, "first_phase": setup.first_phase,
             "second_phase": setup.second_phase, "rollouts": setup.rollouts, "screening_seeds": SCREENING_SEEDS,
-            "environment": environment(), "threads": torch.get_num_threads()}  # fmt: skip
+            "environment": environment(), "threads": torch.get_num_threads(), "quiet_step_s": step_s}  # fmt: skip
     lines = ",\n".join(json.dumps(row) for row in rows)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / f"{name}.json", json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
@@ -148,6 +158,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; default: all")
     parser.add_argument("--data", type=Path, default=os.environ.get("TDISTILL_DATA"), help="default: TDISTILL_DATA")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--times", action="store_true", help="only measure seconds per step, nothing else running")
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
     names = options.names or list(EXPERIMENTS)
@@ -161,10 +172,16 @@ def main() -> None:
         parser.error("give --data or set TDISTILL_DATA to the folder with train/, eval/ and models/")
     experiments = Experiments(Path(options.data), options.work)
     for name in names:
+        if options.times:
+            what, found = EXPERIMENTS[name].setups[0], read(name)
+            for key, method in EXPERIMENTS[name].methods.items():
+                found.setdefault("quiet_step_s", {})[key] = experiments.step_s(what, method)
+                write(name, experiments.setup(what), found["rows"], found["quiet_step_s"])
+            continue
         for what, key, method, seed in missing(name):
-            rows = read(name)["rows"]
+            content = read(name)
             row = experiments.before(what) if method is None else experiments.run(what, key, method, seed)
-            write(name, experiments.setup(what), [*rows, row])
+            write(name, experiments.setup(what), [*content["rows"], row], content.get("quiet_step_s", {}))
             kl = sum(row["screening"]["kl_sum"]) / sum(row["screening"]["num_tokens"])
             rouge = np.mean(row["screening"]["rouge_l"])
             print(f"{name}: {what.name}, {key}, seed {seed}: KL {kl:.4f}, Rouge-L {rouge:.4f}, {row['seconds']:.0f} s",

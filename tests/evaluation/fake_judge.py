@@ -37,6 +37,11 @@ class FakeJudge:
                 self.end_headers()
                 self.wfile.write(raw)
 
+            def do_GET(self) -> None:
+                with outer.lock:
+                    outer.requests.append((self.path, dict(self.headers), {}))
+                self.send_error(405)
+
             def log_message(self, *args: Any) -> None:
                 pass
 

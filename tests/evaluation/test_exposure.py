@@ -66,6 +66,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
     assert 0.87 <= hits / 150 <= 1.0
 
 
+def test_the_two_parts_of_a_prompt_are_drawn_together():
+    # Twice as far on its own prefixes, whatever the prompt: then prompts do not matter.
+    rows = np.random.default_rng(0).gamma(2.0, size=(20, 3))
+    interval = exposure(sums(*(2 * rows)), sums(*rows), "s").excess
+    assert interval == pytest.approx((1.0, 1.0, 1.0))
+
+
 def test_a_student_that_is_the_teacher_there_has_no_excess(caplog):
     found = exposure(sums([0.0, 1.0]), sums([0.0, 0.0]), "copy")
     assert found.excess is None and found.curve.excess == (None, None) and found.curve.points == ()

@@ -171,11 +171,12 @@ def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch):
     assert KEY not in own.model_dump_json() and KEY not in repr(own)
 
 
-def test_a_redirect_does_not_carry_the_key_away(monkeypatch):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_does_not_carry_the_key_away(monkeypatch, status):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with serving(lambda body: "[[A]]") as other:
         away = {"Location": f"{other.base_url}/chat/completions"}
-        with serving(lambda body: (307, away, b"")) as judge, pytest.raises(JudgeError, match="status 307"):
+        with serving(lambda body: (status, away, b"")) as judge, pytest.raises(JudgeError, match=f"status {status}"):
             check_judge(settings(judge, api_key_env="JUDGE_KEY"))
     assert other.requests == []
 

@@ -139,3 +139,4 @@ def test_a_model_is_run_and_marked_in_the_order_of_the_file(tmp_path, make_model
     assert run_task(model, tokenizer, "words", settings, end_token_ids=(0,)).tolist() == expected
     short = settings.model_copy(update={"limit": 2})
     assert run_task(model, tokenizer, "words", short, end_token_ids=(0,)).tolist() == [1.0, 0.0]
+    assert model.generation_config.repetition_penalty == 9.0

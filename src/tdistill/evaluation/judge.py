@@ -307,10 +307,8 @@ def _post(settings: JudgeSettings, key: str | None, body: dict[str, Any]) -> tup
     request = urllib.request.Request(
         f"{settings.base_url}/chat/completions",
         data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"}),
     )
-    if key is not None:
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=settings.timeout_s) as response:
             return response.status, response.read()
