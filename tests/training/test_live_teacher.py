@@ -9,7 +9,8 @@ import support
 import torch
 from training_support import losses, parameters, settings
 
-from tdistill.errors import ConfigError
+from tdistill.errors import ConfigError, StoreError
+from tdistill.teachers.base import SamplingSettings
 from tdistill.training import Rollouts, RolloutSettings, TDistillTrainer
 
 LIVE_KL = {"name": "forward_kl", "source": "teacher"}
@@ -19,11 +20,17 @@ LIVE_KL = {"name": "forward_kl", "source": "teacher"}
 def train(load_start, tiny_stores, tiny_tokenizer, tiny_teacher, tiny_prompt_files, tmp_path):
     prompts = support.tiny_prompts(tiny_teacher, tiny_prompt_files["train"], support.TINY_SAMPLING)
 
-    def start(output: str = "out", teacher: Any = None, rollouts: dict[str, Any] | None = None, **changes: Any):
+    def start(
+        output: str = "out",
+        teacher: Any = None,
+        rollouts: dict[str, Any] | None = None,
+        sampling: SamplingSettings = support.TINY_SAMPLING,
+        **changes: Any,
+    ):
         rounds = None
         if rollouts is not None:
             chosen = RolloutSettings(**{"every": 2, "prompts_per_round": 8, "batch_size": 4, "share": 1.0, **rollouts})
-            rounds = Rollouts(chosen, prompts, lambda: tiny_teacher, support.TINY_SAMPLING)
+            rounds = Rollouts(chosen, prompts, lambda: tiny_teacher, sampling)
         return TDistillTrainer(
             load_start(),
             settings(tmp_path / output, **changes),
@@ -114,3 +121,26 @@ def test_minillm_lowers_the_reverse_kl_on_the_students_answers(train, tiny_teach
 def test_minillm_refuses_truncated_sampling(train):
     with pytest.raises(ConfigError, match=r"set rollouts\.temperature and rollouts\.top_p to 1"):
         train(objective="minillm", rollouts={"top_p": 0.9})
+
+
+def test_minillm_refuses_a_store_without_probabilities(train, tiny_teacher):
+    with pytest.raises(
+        ConfigError, match="reads the teacher's probability of each token, which is not kept at p_max = 1"
+    ):
+        train(
+            teacher=tiny_teacher.model,
+            objective={"name": "minillm", "source": "teacher"},
+            rollouts={},
+            sampling=SamplingSettings(1.0, None, max_new_tokens=16),
+        )
+
+
+def test_a_round_without_its_probabilities_is_not_whole(train, tiny_teacher, tmp_path):
+    """Killed between the two files, and started at a step in the middle of the round."""
+    trainer = train(objective="minillm", rollouts={"every": 4}, max_steps=1)
+    trainer.train()
+    (kept,) = tmp_path.glob("out/rollouts/round-00000/*-log-probs.safetensors")
+    kept.unlink()
+    again = train(objective="minillm", rollouts={"every": 4}, max_steps=1)
+    with pytest.raises(StoreError, match="Step 1 needs the student's answers"):
+        again.rollouts.prepare(1, again.model, again.processing_class, tmp_path / "out")

@@ -21,7 +21,8 @@ class Divergence(Objective):
 
     ``store``: the events are the tokens of the stored set and all others as one. That is a divergence of its own,
     between distributions that sum to 1, and a lower bound of the whole one (data-processing inequality). No teacher is
-    in memory. ``teacher``: every token is an event; a teacher in memory runs in each step.
+    in memory, and the teacher's temperature is the recorded one. ``teacher``: every token is an event, at temperature
+    1; a teacher in memory runs in each step.
 
     Attributes:
         source: ``store`` or ``teacher``.

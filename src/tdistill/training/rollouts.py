@@ -150,12 +150,13 @@ class Rollouts:
         wanted = [self._path(folder, earlier, rank) for earlier in range(number + 1)]
         for path in wanted:
             if path not in self._stores:
-                if not path.is_dir():
+                log_probs_path = _log_probs_path(path)
+                if not path.is_dir() or (self.keeps_log_probs and not log_probs_path.is_file()):
                     raise StoreError(
                         f"Step {step} needs the student's answers in {path}, which is gone. Start again from a "
                         f"checkpoint at a multiple of {self.settings.every} steps, or train anew."
                     )
-                log_probs = load_file(_log_probs_path(path))["log_probs"].numpy() if self.keeps_log_probs else None
+                log_probs = load_file(log_probs_path)["log_probs"].numpy() if self.keeps_log_probs else None
                 self._stores[path] = _Round(Store.open(path), log_probs)
         self._rounds = [self._stores[path] for path in wanted]
 

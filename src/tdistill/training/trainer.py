@@ -110,6 +110,11 @@ class TDistillTrainer(Trainer):
                     f"The objective '{self.objective.name}' weighs the student's answers by their probabilities; set "
                     "rollouts.temperature and rollouts.top_p to 1."
                 )
+            if rollouts.sampling.p_max == 1.0:
+                raise ConfigError(
+                    f"The objective '{self.objective.name}' reads the teacher's probability of each token, which is "
+                    "not kept at p_max = 1. Capture with p_max below 1."
+                )
             rollouts.keeps_log_probs = True
         if self.objective.needs_teacher and teacher is None:
             raise ConfigError(
