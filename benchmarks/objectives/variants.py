@@ -70,6 +70,12 @@ def baselines() -> dict[str, Variant]:
         "sampled_kl": on({"name": "sampled_kl", **live}),
         "minillm": with_rollouts({"name": "minillm", **live}, MINILLM),
         "minillm, store": with_rollouts({"name": "minillm"}, MINILLM),
+        **{
+            f"{name}, set": on({"name": name, "source": "set"})
+            for name in ("reverse_kl", "gkd", "skew_kl", "alpha_beta", "total_variation")
+        },
+        "gkd, set, half own answers": with_rollouts({"name": "gkd", "source": "set"}),
+        "skew_kl reverse, set": on({"name": "skew_kl", "direction": "reverse", "source": "set"}),
         "minillm, single step only": with_rollouts({"name": "reverse_kl", **live}, {"share": 1.0, "replay": 0.0}),
     }
 

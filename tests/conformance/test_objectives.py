@@ -66,10 +66,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"lam": 1.0, "target": "residual", "coordinates": "max_set"},
     ],
     "forward_kl": [{}, {"source": "teacher"}],
-    "reverse_kl": [{}, {"source": "teacher"}],
-    "gkd": [{}, {"beta": 0.0}, {"beta": 1.0}, {"beta": 0.1, "source": "teacher"}],
+    "reverse_kl": [{}, {"source": "teacher"}, {"source": "set"}],
+    "gkd": [{}, {"source": "set"}, {"beta": 0.0}, {"beta": 1.0}, {"beta": 0.1, "source": "teacher"}],
     "skew_kl": [{}, {"direction": "reverse", "skew": 0.3}, {"skew": 0.0}],
-    "distillm2": [{}, {"skew": 0.0, "student_weight": 0.3}, {"source": "teacher"}],
+    "distillm2": [{}, {"source": "set"}, {"skew": 0.0, "student_weight": 0.3}, {"source": "teacher"}],
     "alpha_beta": [{}, {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0, "beta": 0.5}, {"alpha": -0.3, "beta": 1.2}],
     "total_variation": [{}, {"source": "teacher"}],
     # Whitening sees the whole micro-batch; it has tests of its own.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import pack, random_episodes, with_leaves
 from references import divergences as printed
+from references.losses import projected
 
 from tdistill.errors import DomainError
 from tdistill.head import OutputHead
@@ -52,6 +53,28 @@ def test_from_the_store_it_is_the_printed_divergence_of_set_and_tail(loss):
         if state.taken is not None
     )
     assert float(loss(pack(episodes)).loss) == pytest.approx(wanted, rel=1e-9)
+
+
+@every_divergence
+def test_on_the_set_it_is_the_printed_divergence_of_the_projected_policies(loss):
+    episodes = random_episodes(27)
+    wanted = math.fsum(
+        FORMULAS[loss](projected(state.teacher_log_probs), projected(state.logits))
+        for episode in episodes
+        for state in episode.states
+        if state.taken is not None
+    )
+    on_set = replace(loss, source="set")
+    assert float(on_set(replace(pack(episodes), log_normaliser_N=None)).loss) == pytest.approx(wanted, rel=1e-9)
+    assert on_set.uses_off_support and on_set.support is None
+
+
+def test_forward_kl_on_the_set_is_the_expected_first_order_term():
+    """But for the entropy of the teacher's projected policy, which has no gradient."""
+    stats, other = (with_leaves(pack(random_episodes(28))) for _ in range(2))
+    ForwardKL(source="set")(stats).loss.backward()
+    IQLearn()(other).loss.backward()
+    torch.testing.assert_close(stats.q_M.grad, other.q_M.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_by_hand():

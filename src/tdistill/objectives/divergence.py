@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,26 +19,31 @@ from tdistill.types import ActionStats, LossOutput
 class Divergence(Objective):
     """Σ over transitions of D(π*(·|s), π_Q(·|s)), D a sum of terms over events. Each member says its ``terms``.
 
+    ``set``: the events are the tokens of the stored set, both policies projected onto it; the phase's off-support term
+    holds the mass outside. Nothing is as large as the vocabulary (source: arXiv 2505.20335, §3, for the projection).
     ``store``: the events are the tokens of the stored set and all others as one. That is a divergence of its own,
     between distributions that sum to 1, and a lower bound of the whole one (data-processing inequality). No teacher is
     in memory, and the teacher's temperature is the recorded one. ``teacher``: every token is an event, at temperature
     1; a teacher in memory runs in each step.
 
     Attributes:
-        source: ``store`` or ``teacher``.
+        source: ``set``, ``store`` or ``teacher``.
 
     Raises:
-        DomainError: ``store`` at p = 1, where a store lists no sets.
+        DomainError: ``set`` or ``store`` at p = 1, where a store lists no sets.
     """
 
-    uses_off_support: ClassVar[bool] = False
-
-    source: Literal["store", "teacher"] = "store"
+    source: Literal["set", "store", "teacher"] = "store"
 
     @property
     def uses_sets(self) -> bool:
         """Whether it reads the action sets."""
-        return self.source == "store"
+        return self.source != "teacher"
+
+    @property
+    def uses_off_support(self) -> bool:
+        """Whether the phase's off-support term is added to it."""
+        return self.source == "set"
 
     @property
     def needs_teacher(self) -> bool:
@@ -46,9 +51,9 @@ class Divergence(Objective):
         return self.source == "teacher"
 
     @property
-    def support(self) -> Literal["vocabulary"]:
+    def support(self) -> Literal["vocabulary"] | None:
         """Tokens of the log-normaliser."""
-        return "vocabulary"
+        return None if self.source == "set" else "vocabulary"
 
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """Contributions of events to the divergence, elementwise.
@@ -76,17 +81,23 @@ class Divergence(Objective):
                 )
             return stats.divergence_N
         refuse_full_support(stats, self.name, "set source to teacher")
-        assert stats.log_normaliser_N is not None
         rows_M = returns.slot_rows(stats.offsets, len(stats.q_M))
         from_student_N = torch.zeros_like(stats.has_action_N) if stats.from_student_N is None else stats.from_student_N
-        # Rows that do not count must stay finite, or their gradient of 0 would become NaN.
-        acts_M = stats.has_action_N[rows_M]
-        log_prob_M = torch.where(acts_M, stats.q_M - stats.log_normaliser_N[rows_M], stats.log_prob_teacher_M)
-        inside_M = self.terms(stats.log_prob_teacher_M, log_prob_M, from_student_N[rows_M])
-        _, log_outside_N = log_mass_inside_and_outside(stats)
         _, mass_N = returns.teacher_probs(stats)
+        log_prob_teacher_M, normaliser_N = stats.log_prob_teacher_M, stats.log_normaliser_N
+        if self.source == "set":
+            log_prob_teacher_M = log_prob_teacher_M - mass_N.log()[rows_M]
+            normaliser_N = returns.soft_value(stats.q_M, stats.offsets)
+        assert normaliser_N is not None
+        # Rows that do not count must stay finite, or their gradient of 0 would become NaN.
+        log_prob_M = torch.where(stats.has_action_N[rows_M], stats.q_M - normaliser_N[rows_M], log_prob_teacher_M)
+        inside_M = self.terms(log_prob_teacher_M, log_prob_M, from_student_N[rows_M])
+        inside_N = returns.sum_over_sets(inside_M, stats.offsets)
+        if self.source == "set":
+            return inside_N
+        _, log_outside_N = log_mass_inside_and_outside(stats)
         tail_N = torch.log((1 - mass_N).clamp(min=torch.finfo(mass_N.dtype).tiny))
-        return returns.sum_over_sets(inside_M, stats.offsets) + self.terms(tail_N, log_outside_N, from_student_N)
+        return inside_N + self.terms(tail_N, log_outside_N, from_student_N)
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: the sum over rows with an action, and it as a metric."""

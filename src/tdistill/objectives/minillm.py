@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class MiniLLM(Divergence):
     plain-text term (``data.text``); from the store, tokens outside the set are one event of the single-step term.
 
     Attributes:
+        source: ``store`` or ``teacher``; rewards need probabilities over the vocabulary.
         gamma: discount γ in [0, 1]; the released code: 0.95.
         length_normalised: divide R_t by the number of its rewards.
         single_step: with the single-step term; without it R_t also holds r_t.
@@ -45,6 +46,7 @@ class MiniLLM(Divergence):
 
     name: ClassVar[str] = "minillm"
 
+    source: Literal["store", "teacher"] = "store"
     gamma: float = 0.95
     length_normalised: bool = True
     single_step: bool = True
