@@ -84,6 +84,17 @@ PRINTED = iq(alpha=0.1, coordinates="raw", first_order="sampled")
 CLONING = iq(alpha=INF)
 BOTH = {"states": "both"}
 
+# At the tiny scale the others have the learning rate of the second phase, 1e-3.
+RATES_SEARCHED = (
+    "alpha inf",
+    "sft continued",
+    "forward_kl, store",
+    "reverse_kl, teacher in memory",
+    "gkd, half own answers",
+    "skew_kl reverse",
+    "minillm",
+)
+
 TINY: dict[str, Variant] = {
     "sft continued": on({"name": "sft"}),
     "as printed (alpha 0.1, raw, sampled, no control)": on(PRINTED, off_support="none"),
@@ -127,6 +138,12 @@ TINY: dict[str, Variant] = {
     "teacher_q, residual, gamma 0": on({"name": "teacher_q", "target": "residual", "gamma": 0.0}),
     "bellman_distill_authors": on({"name": "bellman_distill_authors"}, off_support="none"),
     **baselines(),
+    **{
+        f"{name}, learning rate {rate:g}": replace(variant, args={**variant.args, "learning_rate": rate}, num_seeds=3)
+        for name, variant in {"alpha inf": on(CLONING), "sft continued": on({"name": "sft"}), **baselines()}.items()
+        if name in RATES_SEARCHED
+        for rate in (3e-4, 3e-3)
+    },
 }
 
 # Title → rows; differences in a table are against its first row.
@@ -204,6 +221,15 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "bellman_distill_authors",
     ],
     "Baselines": ["alpha inf", "sft continued", *baselines()],
+    "Baselines at other learning rates": [
+        "alpha inf",
+        *(
+            f"{name}{rate}"
+            for name in RATES_SEARCHED
+            for rate in (", learning rate 0.0003", "", ", learning rate 0.003")
+            if name + rate != "alpha inf"
+        ),
+    ],
 }
 
 # One seed each for screening; those with three are the finalists, their twins and the controls.

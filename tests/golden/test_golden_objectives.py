@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import FLOAT_FIELDS, gradients, pack, with_leaves
+from references import divergences as printed
 from references import losses, td_family
 
 from tdistill.objectives import SFT, IQLearn, OffSupport
+from tdistill.objectives.forward_kl import ForwardKL
+from tdistill.objectives.gkd import GKD
+from tdistill.objectives.minillm import MiniLLM
 from tdistill.objectives.path_consistency import PathConsistency
 
 GOLDEN = Path(__file__).with_name("objectives.json")
@@ -76,6 +80,9 @@ CASES = {
     "path_consistency two steps": PathConsistency(steps=2),
     "path_consistency both": PathConsistency(states="both", student_weight=0.5),
     "sft": SFT(),
+    "forward_kl": ForwardKL(),
+    "gkd on the set": GKD(source="set"),
+    "minillm": MiniLLM(),
     "off_support tail": OffSupport("tail"),
     "off_support union half": OffSupport("union", weight=0.5),
 }
@@ -109,6 +116,16 @@ def test_pinned_losses_are_those_of_the_slow_reference(case):
         wanted = losses.iq_learn(batch_of(case), **vars(objective))
     elif isinstance(objective, PathConsistency):
         wanted = td_family.path_consistency(batch_of(case), **vars(objective))
+    elif isinstance(objective, MiniLLM):
+        fields = {name: value for name, value in vars(objective).items() if name != "source"}
+        wanted = printed.minillm(batch_of(case), **fields)
+    elif isinstance(objective, ForwardKL | GKD):
+        acting = [state for episode in batch() for state in episode.states if state.taken is not None]
+        if isinstance(objective, ForwardKL):
+            wanted = sum(printed.kl(*printed.set_and_tail(state)) for state in acting)
+        else:
+            policies = [map(losses.projected, (state.teacher_log_probs, state.logits)) for state in acting]
+            wanted = sum(printed.jsd(*pair, objective.beta) for pair in policies)
     elif isinstance(objective, OffSupport):
         wanted = objective.weight * losses.off_support(batch())
     else:

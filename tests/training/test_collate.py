@@ -62,6 +62,7 @@ def test_sets_as_stored():
         "has_action_N": [True, True, True, True, True, False],
         "ends_N": [NEXT, NEXT, TERMINAL, NEXT, NEXT, TRUNCATED],
         "from_student_N": [False] * 6,
+        "log_prob_sampled_N": [0.0] * 6,
         "dropped_N": [False] * 6,
         "added_N": [False] * 6,
         "text_index_L": [],
@@ -91,8 +92,11 @@ def test_a_budget_chooses_the_sets_of_each_trajectory():
 
 def test_answers_of_the_student_are_marked_and_keep_their_tokens():
     # At p = 0.45 a token outside the set of a sampled answer is dropped; one of the student's own is added.
-    own = replace(GIVEN, source="student")
+    own = replace(
+        GIVEN, source="student", log_probs_sampled=np.array([-3, -2, -1], dtype=np.float32)[: len(GIVEN.response_ids)]
+    )
     batch = PackedCollator(pad_token_id=0, p=0.45)([SAMPLED, own])
+    assert batch["log_prob_sampled_N"].tolist()[:5] == [0, 0, 0, -3, -2]
     assert batch["from_student_N"].tolist() == [False] * 3 + [True] * 3
     assert batch["added_N"].tolist() == [False] * 3 + [True, True, False]
     assert batch["dropped_N"].tolist() == [False, True, False] + [False] * 3

@@ -15,9 +15,9 @@ from tdistill.head import OutputHead, compute_dtype
 _MAX_ELEMENTS = 2**24
 
 
-def chunk_slices(num_rows: int, num_columns: int, max_elements: int = _MAX_ELEMENTS) -> Iterator[slice]:
-    """Row slices such that rows × columns of each stays within the temporary's bound."""
-    rows = max(1, max_elements // max(num_columns, 1))
+def chunk_slices(num_rows: int, num_columns: int, max_elements: int | None = None) -> Iterator[slice]:
+    """Row slices such that rows × columns of each stays within the temporary's bound, or another one."""
+    rows = max(1, (max_elements or _MAX_ELEMENTS) // max(num_columns, 1))
     for start in range(0, num_rows, rows):
         yield slice(start, start + rows)
 
