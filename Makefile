@@ -9,7 +9,7 @@ demo: .venv/.demo
 	$(BIN)/tdistill demo
 
 test: .venv/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 test-slow: .venv/.dev .venv/.demo
 	$(BIN)/pytest -m slow --timeout 3600
