@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import experiment_section
+from tables import cost_figure, experiment_section
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = {
@@ -163,4 +163,7 @@ if __name__ == "__main__":
     for path, made in ((Path("docs/performance.md"), performance), (Path("docs/store-format.md"), store_format)):
         write_atomically(path, made(path.read_text(encoding="utf-8")))
     write_atomically(Path("docs/results.md"), page())
+    if (RESULTS / "experiments" / "e8.json").is_file():
+        Path("docs/figures").mkdir(exist_ok=True)
+        write_atomically(Path("docs/figures/cost.svg"), cost_figure(RESULTS / "experiments" / "e8.json"))
     write_atomically(Path("README.md"), readme(Path("README.md").read_text(encoding="utf-8")))

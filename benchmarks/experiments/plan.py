@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from claims import Claims
 from variants import CLONING, MINILLM
 
+RESULTS = Path(__file__).parent.parent / "results" / "experiments"
 SCREENING_SEEDS = (10, 20)
 
 
@@ -20,16 +23,18 @@ class Method:
         rollouts: settings on top of the setup's, or None for none of the student's answers.
         references: train on the references of people instead of the teacher's answers.
         num_seeds: training seeds.
+        keep: keep the students for the test sets.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     rollouts: dict[str, Any] | None = None
     references: bool = False
     num_seeds: int = 1
+    keep: bool = False
 
 
 def _on(name: str, rollouts: dict[str, Any] | None = None, **fields: Any) -> Method:
-    args = {key: fields.pop(key) for key in ("learning_rate", "off_support", "p") if key in fields}
+    args = {key: fields.pop(key) for key in ("learning_rate", "off_support_target", "p") if key in fields}
     return Method({"objective": {"name": name, **fields}, **args}, rollouts)
 
 
@@ -49,30 +54,67 @@ METHODS: dict[str, Method] = {
     "total_variation": _on("total_variation", **LIVE),
     "sampled_kl": _on("sampled_kl", **LIVE),
 }
+# What could become the default: no teacher in memory at a step, and no row of the vocabulary.
+TOP_P = {"off_support_target": "set"}
+CANDIDATES: dict[str, Method] = {
+    "bellman_distill, target set": Method({"objective": CLONING, **TOP_P}),
+    "skew_kl, set, target set": _on("skew_kl", direction="reverse", source="set", **TOP_P),
+    "reverse_kl, set, target set": _on("reverse_kl", source="set", **TOP_P),
+    "skew_kl, set": _on("skew_kl", direction="reverse", source="set"),
+    "gkd, set, target set": _on("gkd", {}, source="set", **TOP_P),
+}
+METHODS |= CANDIDATES
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
 # Three learning rates for each main method, one seed each; the middle one first.
 RATES = dict.fromkeys(MAIN, (1e-4, 3e-5, 3e-4)) | {
     "bellman_distill": (3e-4, 1e-4, 1e-3),
     "minillm": (5e-5, 1e-5, 2e-4),
 }
-# The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. Those go on with
-# two more seeds. A method that is not here has not been chosen for yet.
+# The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. What is frozen
+# at a rate goes on from here; a method that is not here has not been chosen for yet.
 CHOSEN: dict[str, float] = {}
 NUM_SEEDS = 3
+# Steps of 512 response tokens. The cost of so many steps of the default is what equal cost means.
+STEPS = 80
 
 
 def at_rate(name: str, rate: float) -> tuple[str, Method]:
     """A main method at a learning rate, with the name of its rows."""
     method = METHODS[name]
-    num_seeds = NUM_SEEDS if CHOSEN.get(name) == rate else 1
-    args = {**method.args, "learning_rate": rate}
-    return f"{name}, learning rate {rate:g}", replace(method, args=args, num_seeds=num_seeds)
+    return f"{name}, learning rate {rate:g}", replace(method, args={**method.args, "learning_rate": rate})
+
+
+def chosen(*names: str) -> dict[str, Method]:
+    """Those of the methods that a rate has been chosen for, at that rate."""
+    return {name: at_rate(name, CHOSEN[name])[1] for name in names if name in CHOSEN}
 
 
 def main_table() -> dict[str, Method]:
     """Main methods at each of their rates, and the others at the setup's."""
-    searched = dict(at_rate(name, RATES[name][i]) for i in range(3) for name in MAIN)
-    return searched | {name: method for name, method in METHODS.items() if name not in MAIN}
+    middle, *others = (dict(at_rate(name, RATES[name][i]) for name in MAIN) for i in range(3))
+    return CANDIDATES | middle | others[0] | others[1] | {k: v for k, v in METHODS.items() if k not in MAIN}
+
+
+def times() -> dict[str, Any]:
+    """What ``--times`` measured."""
+    path = RESULTS / "times.json"
+    return json.loads(path.read_text()) if path.is_file() else {"step_s": {}}
+
+
+def at_equal_cost(shares: tuple[float, ...] = (1.0, 0.5, 0.25, 2.0)) -> dict[str, Method]:
+    """Methods with as many steps as the cost of the default's steps, or a share of it, pays for.
+
+    Empty until the times are measured. Cost 1 has all training seeds, and its students meet the test sets.
+    """
+    step_s, found = times()["step_s"], {}
+    for share in shares:
+        for name, method in chosen(*MAIN).items():
+            if {name, "bellman_distill"} <= step_s.keys():
+                steps = max(1, round(share * STEPS * step_s["bellman_distill"] / step_s[name]))
+                args = {**method.args, "max_steps": steps, "warmup_steps": min(5, steps // 4), "eval_strategy": "no"}
+                num_seeds = NUM_SEEDS if share == 1 else 1
+                found[f"{name}, cost {share:g}"] = replace(method, args=args, num_seeds=num_seeds, keep=share == 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,36 +123,66 @@ class Experiment:
 
     Attributes:
         title: of its section.
-        setups: what is captured and pruned.
-        methods: name → method, trained in every setup.
+        groups: what is captured and pruned → name → method.
     """
 
     title: str
-    setups: tuple[Claims, ...]
-    methods: dict[str, Method]
+    groups: dict[Claims, dict[str, Method]]
+
+    def methods(self) -> set[str]:
+        """Names of the methods of all groups."""
+        return {name for methods in self.groups.values() for name in methods}
+
+
+def _in_each(setups: list[Claims], methods: dict[str, Method]) -> dict[Claims, dict[str, Method]]:
+    return dict.fromkeys(setups, methods)
 
 
 BASE = Claims()
+OURS = chosen("bellman_distill")
 EXPERIMENTS: dict[str, Experiment] = {
-    "e1": Experiment("Main table, equal response tokens", (BASE,), main_table()),
+    "e1": Experiment("Main table, equal response tokens", {BASE: main_table()}),
+    "e8": Experiment("Equal cost, and what a score costs", {BASE: at_equal_cost()}),
     "e2": Experiment(
         "p",
-        tuple(replace(BASE, name=f"p-{p:g}", p_max=p) for p in (0.5, 0.95)),
-        {"bellman_distill": METHODS["bellman_distill"]},
+        {replace(BASE, name="p-0.5", p_max=0.5): OURS}
+        | {
+            replace(BASE, name="p-0.95", p_max=0.95): OURS
+            | {
+                f"{name} of this store": replace(method, args={**method.args, **args})
+                for name, args in (("p 0.5", {"p": 0.5}), ("p 0.8", {"p": 0.8}), ("1 nat", {"p_budget_nats": 1.0}))
+                for method in OURS.values()
+            }
+        },
     ),
     "e5": Experiment(
         "Size of the student",
-        tuple(replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)),
-        {name: METHODS[name] for name in ("bellman_distill", "seqkd", "forward_kl")},
+        _in_each(
+            [replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)],
+            chosen("bellman_distill", "seqkd", "forward_kl"),
+        ),
     ),
     "e6": Experiment(
         "Answers to a prompt",
-        tuple(replace(BASE, name=f"answers-{n}", answers_per_prompt=n) for n in (2, 4)),
-        {name: METHODS[name] for name in ("bellman_distill", "seqkd")},
+        _in_each(
+            [replace(BASE, name=f"answers-{n}", answers_per_prompt=n) for n in (2, 4)],
+            chosen("bellman_distill", "seqkd"),
+        ),
     ),
     "e9": Experiment(
         "GSM8K prompts",
-        (replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl"),),
-        {name: METHODS[name] for name in ("bellman_distill", "seqkd", "forward_kl")},
+        {
+            replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl", dev="train/gsm8k_train.jsonl"): chosen(
+                "bellman_distill", "seqkd", "forward_kl"
+            )
+        },
+    ),
+    "e10": Experiment(
+        "A teacher fine-tuned on references",
+        {
+            replace(BASE, name="fine-tuned", fine_tuned=True): chosen(
+                "bellman_distill", "sft on references", "seqkd", "forward_kl"
+            )
+        },
     ),
 }

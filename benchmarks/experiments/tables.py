@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import BASE, EXPERIMENTS
+from plan import CHOSEN, EXPERIMENTS, METHODS, at_rate, times
 
+from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
 
 _LEVEL, _SEED = 0.95, 0
@@ -17,36 +18,54 @@ _SAMPLED = {"rouge_l": ("Rouge-L to references", True), "rouge_l_teacher": ("Rou
 _TOKENS = {"kl_sum": ("KL(teacher‖student)", False), "nll_sum": ("loss on teacher answers", False)}
 _METRICS = _SAMPLED | _TOKENS
 _OURS = "bellman_distill"
+_UNTRAINED = ("start", "teacher")
+_Rows = list[dict[str, Any]]
 
 
 def experiment_section(path: Path) -> str:
     """The section of one experiment."""
     content = json.loads(path.read_text())
-    experiment, facts = EXPERIMENTS[content["experiment"]], content["facts"]
-    first, second = content["first_phase"], content["second_phase"]
-    shared = {key: value for key, value in facts.items() if len(experiment.setups) == 1 or key == "teacher"}
+    name, facts = content["experiment"], content["facts"]
+    experiment, second = EXPERIMENTS[name], content["second_phase"]
+    shared = {key: value for key, value in facts.items() if len(experiment.groups) == 1 or key == "teacher"}
+    length = f"{second['max_steps']} steps" if name != "e8" else "the steps of its row"
     parts = [
         f"## {experiment.title}",
         "",
-        f"From `{path}`, which `python benchmarks/experiments {content['experiment']}` makes again and goes on with. "
+        f"From `{path}`, which `python benchmarks/experiments {name}` makes again and goes on with. "
         f"{'; '.join(f'{key}: {value}' for key, value in shared.items())}. One healed start for all of a setup "
-        f"({first['max_steps']} steps of SFT on the teacher's answers); every method goes on from it for "
-        f"{second['max_steps']} steps of {second['response_tokens_per_batch']} response tokens at learning rate "
-        f"{second['learning_rate']:g}, unless the row names another. 200 screening prompts of the dev file, "
-        f"sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. Intervals: 95 %, "
-        "bootstrap over prompts and training seeds; differences are paired. A row of one training seed "
-        "does not say how far another training would be.",
+        f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
+        f"for {length} of {second['response_tokens_per_batch']} response tokens. 200 screening prompts of the dev "
+        f"file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. "
+        "Intervals: 95 %, bootstrap over prompts and training seeds; differences are paired. Bold: the best of a "
+        "column; ≈: its difference to the best has an interval that includes 0. A row of one training seed does not "
+        "say how far another training would be, so nothing separates it.",
         "",
     ]
-    for setup in dict.fromkeys(row["setup"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["setup"] == setup]
-        if len(experiment.setups) > 1 or setup != BASE.name:
-            parts += [f"### {setup}", ""]
-        parts += [_table(rows), ""]
+    setups = list(dict.fromkeys(row["setup"] for row in content["rows"]))
+    base = [] if name == "e1" else chosen_rows(path.with_name("e1.json"), EXPERIMENTS[name].methods())
+    if name == "e8":
+        content["rows"], base = [row for row in base if row["method"] in _UNTRAINED] + content["rows"], []
+    for rows in [*([row for row in content["rows"] if row["setup"] == setup] for setup in setups), base]:
+        if rows and len({row["setup"] for row in [*content["rows"], *base]}) > 1:
+            parts += [f"### {rows[0]['setup']}", ""]
+        if rows:
+            parts += [_table(rows, _costs if name == "e8" else None), ""]
+    if name == "e8":
+        path = Path("docs/figures/cost.svg")
+        parts += [f"![Scores over cost]({path.relative_to('docs')})", ""]
     return "\n".join(parts)
 
 
-def measured(rows: list[dict[str, Any]], metric: str) -> Measured:
+def chosen_rows(path: Path, methods: set[str]) -> _Rows:
+    """Rows of the main table at the chosen rates, under the names of their methods, and the untrained ones."""
+    plain = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items() if name in methods}
+    plain |= {name: name for name in _UNTRAINED}
+    found = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row | {"method": plain[row["method"]]} for row in found if row["method"] in plain]
+
+
+def measured(rows: _Rows, metric: str) -> Measured:
     """Rows of one method, a training seed each."""
     found = [row["screening"] for row in rows]
     if metric in _SAMPLED:
@@ -55,28 +74,86 @@ def measured(rows: list[dict[str, Any]], metric: str) -> Measured:
     return Measured(np.array([f[metric] for f in found])[..., None], np.array([f["num_tokens"] for f in found]))
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    methods: dict[str, list[dict[str, Any]]] = {}
+def cost_figure(path: Path) -> str:
+    """Scores over cost, a line per method."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    rows = _by_method(json.loads(path.read_text())["rows"])
+    for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for name, mine in rows.items():
+            point = (_seconds(mine[0]) / 60, measured(mine, metric).value)
+            curves.setdefault(_method_of(name), []).append(point)
+        panels[title] = {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in curves.items()}
+    return curves_chart("cost", "Scores over cost", "minutes of training, without capture", panels)
+
+
+def _method_of(row: str) -> str:
+    return next(name for name in sorted(METHODS, key=len, reverse=True) if row.startswith(name))
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Cost of a row's training by the quiet times."""
+    return row["steps"] * times()["step_s"][_method_of(row["method"])]
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
+    if row["method"] in _UNTRAINED:
+        return ["–", "–", "–"]
+    measured_times, method = times(), METHODS[_method_of(row["method"])]
+    asked = 0.0
+    if not (method.references or (method.rollouts or {}).get("share") == 1):
+        per_token = measured_times["captured"]["seconds"] / measured_times["captured"]["response_tokens"]
+        asked = per_token * measured_times["train_response_tokens"]
+    cost = _seconds(row)
+    return [str(row["steps"]), f"{cost:.0f}", f"{cost + asked:.0f}"]
+
+
+def _by_method(rows: _Rows) -> dict[str, _Rows]:
+    methods: dict[str, _Rows] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
+    return methods
+
+
+def _table(rows: _Rows, costs: Any = None) -> str:
+    methods = _by_method(rows)
     ours = _best_of_ours(methods)
     values = {metric: {name: measured(mine, metric) for name, mine in methods.items()} for metric in _METRICS}
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
-    head = ["", "seeds", *(title for title, _ in _METRICS.values()), f"Rouge-L less {ours}'s" if ours else "difference"]
+    against = f"Rouge-L less that of {ours}" if ours else "difference"
+    extra = ["steps", "cost, s", "with capture, s"] if costs else []
+    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
     for name, mine in methods.items():
-        cells = [
-            _shown(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL)) for metric in _METRICS
-        ]
+        cells = [str(len(mine)), *(costs(mine[0]) if costs else [])]
+        for metric in _METRICS:
+            shown = _shown(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL))
+            cells.append(marks[metric].get(name, "{}").format(shown))
         gap = "–"
         if ours and name != ours:
             point = values["rouge_l"][name].value - values["rouge_l"][ours].value
             gap = _shown(percentile_interval(point, draws["rouge_l"][name] - draws["rouge_l"][ours], _LEVEL), "+")
-        lines.append([name, str(len(mine)), *cells, gap])
+        lines.append([name, *cells, gap])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _best_of_ours(methods: dict[str, list[dict[str, Any]]]) -> str | None:
+def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool) -> dict[str, str]:
+    """Formats of the best student of a column and of those that its interval does not separate from it."""
+    students = {name: value.value for name, value in values.items() if name not in _UNTRAINED}
+    if len(students) < 2:
+        return {}
+    best = (max if more else min)(students, key=lambda name: students[name])
+    marks = {best: "**{}**"}
+    for name in students.keys() - {best}:
+        gap = percentile_interval(students[name] - students[best], draws[name] - draws[best], _LEVEL)
+        if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
+            marks[name] = "≈ {}"
+    return marks
+
+
+def _best_of_ours(methods: dict[str, _Rows]) -> str | None:
     """Of the rows of the default objective, the one with most seeds, then with the higher Rouge-L."""
     own = [name for name in methods if name.startswith(_OURS)]
     return max(own, key=lambda name: (len(methods[name]), measured(methods[name], "rouge_l").value), default=None)

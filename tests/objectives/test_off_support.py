@@ -69,6 +69,17 @@ def test_with_the_expected_first_order_it_is_set_and_tail_forward_kl(seed):
     assert found == pytest.approx(float(set_tail_kl(stats)) + entropy, rel=1e-10)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_with_target_set_it_completes_the_kl_from_the_projected_teacher(seed):
+    """−Σ proj_p π* log proj_p π_Q − log P = −Σ proj_p π* log π_Q, the sums over the set."""
+    state = random_state(np.random.default_rng(seed), 5)
+    stats = pack([losses.Episode([state], "terminal")])
+    projected = np.exp(state.teacher_log_probs) / math.fsum(np.exp(state.teacher_log_probs))
+    first_order = float(IQLearn(alpha=math.inf, first_order="expected")(stats).loss)
+    found = first_order + float(OffSupport("tail", target="set")(stats).loss)
+    assert found == pytest.approx(-math.fsum(projected * (state.logits - state.normaliser)), rel=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("excess", [0.0, 1e-7, -1e-7, 1e-3])
 def test_finite_where_the_set_is_the_whole_support(dtype, excess):

@@ -19,6 +19,8 @@ class OffSupport:
 
     Σ −Z log P − (1 − Z) log(1 − P),  log P = V_p(s) − L(s),  L the student's log-normaliser over the support and Z
     the teacher's covered mass.  Source: the binary part of the chain rule of KL(teacher‖student) over set and tail.
+    With ``target = set``, Z is 1: the teacher that is learned is the one projected onto the set (arXiv 2505.20335, §3),
+    which never samples outside it.
     Differs from the source: with ``union`` the normaliser runs over the tokens of all sets of the micro-batch; with
     ``negatives`` it is estimated from those and shared uniform draws (importance-sampled softmax).
 
@@ -26,14 +28,17 @@ class OffSupport:
         kind: ``none``; ``union`` (a small matrix product, blind to tokens in no set of the micro-batch);
             ``negatives`` (a somewhat larger one); ``tail`` (the whole vocabulary, as costly as SFT).
         weight: factor on the term.
+        target: ``teacher``, its covered mass, or ``set``, all mass.
 
     Raises:
         DomainError: negative weight.
-    Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL.
+    Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL;
+    with that term unscaled and target ``set``, KL(proj_p π*‖π_Q) up to the teacher's entropy.
     """
 
     kind: Literal["none", "union", "negatives", "tail"] = "negatives"
     weight: float = 1.0
+    target: Literal["teacher", "set"] = "teacher"
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -49,7 +54,7 @@ class OffSupport:
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser of ``support``. Returns: the weighted sum over rows with an action, nats."""
         _, mass_N = returns.teacher_probs(stats)
-        mass_N = mass_N.clamp(max=1.0)
+        mass_N = mass_N.clamp(max=1.0) if self.target == "teacher" else torch.ones_like(mass_N)
         log_inside_N, log_outside_N = log_mass_inside_and_outside(stats)
         term_N = -(mass_N * log_inside_N + (1 - mass_N) * log_outside_N)
         act_N = stats.has_action_N

@@ -246,6 +246,33 @@ def comparison_chart(comparison: Comparison, metric: str, cost: str | None = Non
     return _figure("comparison", title_of(metric), f"{name}: {told}.", len(drawings), draw, columns=1, row_in=height)
 
 
+def curves_chart(
+    name: str, title: str, x_label: str, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+) -> str:
+    """Labelled curves, a panel for each quantity.
+
+    Args:
+        name: prefix of the ids in the SVG.
+        title: of the figure.
+        x_label: what all panels are drawn over.
+        panels: quantity → label → x and y; a label has the same line in every panel that lists it at the same place.
+    """
+
+    def draw(axes_list: Sequence[Axes]) -> None:
+        for axes, (quantity, curves) in zip(axes_list, panels.items(), strict=True):
+            for index, (label, (x, y)) in enumerate(curves.items()):
+                _line(axes, index, x, y, label)
+            axes.set(xlabel=x_label, ylabel=quantity)
+        axes_list[0].legend(fontsize=8)
+
+    told = "; ".join(
+        f"{quantity}, {label}: {', '.join(map(format_number, y))} at {', '.join(map(format_number, x))}"
+        for quantity, curves in panels.items()
+        for label, (x, y) in curves.items()
+    )
+    return _figure(name, title, f"Over {x_label}. {told}.", len(panels), draw)
+
+
 def _intervals(axes: Axes, records: Mapping[str, Record], scale: Scale, leading: Sequence[str]) -> None:
     """A point and an interval for each label, the first on top; those that lead are filled."""
     for index, (label, record) in enumerate(records.items()):

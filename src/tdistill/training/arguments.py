@@ -31,6 +31,7 @@ class TDistillConfig(TrainingArguments):
         off_support: pressure outside the sets, used by objectives on sets only: ``none``, ``union``, ``negatives`` or
             ``tail``.
         off_support_weight: factor on it.
+        off_support_target: mass that it asks for on the set: the ``teacher``'s own, or all of it (``set``).
         response_tokens_per_batch: response tokens of one micro-batch and process, on average.
         text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
@@ -46,6 +47,7 @@ class TDistillConfig(TrainingArguments):
     p_budget_gamma: float = 0.99
     off_support: Literal["none", "union", "negatives", "tail"] = "negatives"
     off_support_weight: float = 1.0
+    off_support_target: Literal["teacher", "set"] = "teacher"
     response_tokens_per_batch: int = 1024
     text_weight: float = 1.0
     text_sequences_per_batch: int = 2
@@ -104,7 +106,8 @@ class TDistillConfig(TrainingArguments):
         Raises:
             ConfigError: unknown kind.
         """
-        return _validated(OffSupport, {"kind": self.off_support, "weight": self.off_support_weight}, "off_support")
+        values = {"kind": self.off_support, "weight": self.off_support_weight, "target": self.off_support_target}
+        return _validated(OffSupport, values, "off_support")
 
 
 def _validated(cls: type, values: dict[str, Any], who: str) -> Any:
