@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import cost_figure, experiment_section
+from tables import cost_figure, experiment_section, tests_section
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = {
@@ -53,6 +53,9 @@ def page() -> str:
         path = RESULTS / "experiments" / f"{name}.json"
         if path.is_file():
             parts.append(experiment_section(path))
+    tests = RESULTS / "experiments" / "tests.json"
+    if tests.is_file():
+        parts.append(tests_section(tests))
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())

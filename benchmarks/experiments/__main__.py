@@ -3,6 +3,7 @@
     python benchmarks/experiments e1 e5       # these; without names all of them
     python benchmarks/experiments --estimate  # only say how long it would take
     python benchmarks/experiments --times     # only measure what a step and a captured token cost
+    python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
+import finals
 from claims import FINE_TUNED, Claims, claims, references_of
 from plan import BASE, EXPERIMENTS, METHODS, RESULTS, SCREENING_SEEDS, STEPS, Method, times
 from scores import screening
@@ -74,7 +76,7 @@ class Experiments:
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model = trainer.model.eval()
         if method.keep:
-            model.save_pretrained(self.student(what, name, seed))
+            self.keep(model, what, name, seed)
         return {
             "setup": what.name,
             "method": name,
@@ -88,9 +90,25 @@ class Experiments:
             "seconds": time.perf_counter() - started,
         }
 
+    def keep(self, model: Any, what: Claims, name: str, seed: int) -> Path:
+        """Save a trained student, whole or not at all; return its folder."""
+        folder = self.student(what, name, seed)
+        partial = folder.with_name(f".{folder.name}.partial")
+        model.save_pretrained(partial)
+        return partial.rename(folder)
+
     def student(self, what: Claims, name: str, seed: int) -> Path:
         """Folder of a trained student that is kept."""
         return self.setup(what).work / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+    def load(self, name: str, method: Method | None, seed: int) -> Any:
+        """The teacher, the healed start or a student of the base; one that was not kept here is trained again."""
+        if name == "teacher":
+            return self.setup(BASE).teacher.model
+        folder = self.healed(BASE) if method is None else self.student(BASE, name, seed)
+        if method is not None and not folder.is_dir():
+            self.keep(self.train(BASE, method, seed)[0].model, BASE, name, seed)
+        return load_causal_lm(folder, dtype="float32").eval()
 
     def step_s(self, what: Claims, method: Method) -> float:
         """Seconds per step with nothing else running: the median of six, or the mean over one round of own answers."""
@@ -211,10 +229,14 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
     names = options.names or list(EXPERIMENTS)
-    if unknown := set(names) - set(EXPERIMENTS):
-        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    if unknown := set(names) - {*EXPERIMENTS, "tests"}:
+        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}, tests")
+    looks = len(finals.missing()) if "tests" in names else 0
+    names = [name for name in names if name != "tests"]
     for name in names:
         print(f"{name}: {len(missing(name))} units left, about {estimate_s(name) / 3600:.1f} h", flush=True)
+    if looks:
+        print(f"tests: {looks} looks left, a few minutes each", flush=True)
     if options.estimate:
         return
     if options.data is None:
@@ -223,6 +245,8 @@ def main() -> None:
     if options.times:
         measure_times(experiments)
         return
+    if looks:
+        finals.run(experiments.setup(BASE), experiments.data, experiments.load)
     for name in names:
         for what, key, method, seed in missing(name):
             content = read(name)

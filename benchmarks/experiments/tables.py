@@ -87,6 +87,52 @@ def cost_figure(path: Path) -> str:
     return curves_chart("cost", "Scores over cost", "minutes of training, without capture", panels)
 
 
+def tests_section(path: Path) -> str:
+    """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
+    content = json.loads(path.read_text())
+    rows, sets = content["rows"], list(dict.fromkeys(row["set"] for row in content["rows"]))
+    parts = [
+        "## Test sets, equal cost",
+        "",
+        f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
+        f"top-p 0.8, sampling seeds {', '.join(str(s) for s in sorted({row['sampling_seed'] for row in rows}))}. Each "
+        "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
+        "set by themselves, and training seeds; differences are paired.",
+        "",
+    ]
+    values: dict[str, dict[str, Measured]] = {}
+    for name in sets:
+        for method, mine in _by_method([row for row in rows if row["set"] == name]).items():
+            trainings = [[r["rouge_l"] for r in mine if r["seed"] == seed] for seed in {r["seed"] for r in mine}]
+            sums = np.array([np.transpose(answers) for answers in trainings])
+            values.setdefault(name, {})[method] = Measured(sums, np.ones(sums.shape[:2]))
+    draws = {name: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for name, of in values.items()}
+    methods = list(values[sets[0]])
+    points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
+    drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
+    ours = next(method for method in methods if method.startswith(_OURS))
+    head = [
+        "",
+        "seeds",
+        *sets,
+        "mean",
+        *(f"{name} less {ours}'s" for name in [*sets, "mean"]),
+        "share of the teacher's",
+    ]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for method in methods:
+        both = [(points[method], drawn[method], ""), (points[method] - points[ours], drawn[method] - drawn[ours], "+")]
+        cells = [str(len(values[sets[0]][method].sums_RPS))]
+        for point, of_draws, sign in both:
+            for value, of_value in [*zip(point, of_draws, strict=True), (point.mean(), of_draws.mean(0))]:
+                shown = _shown(percentile_interval(float(value), of_value, _LEVEL), sign)
+                cells.append("–" if sign and method == ours else shown)
+        share = points[method].mean() / points["teacher"].mean() if "teacher" in points else float("nan")
+        lines.append([method, *cells, f"{share:.1%}"])
+    parts += ["\n".join("| " + " | ".join(cells) + " |" for cells in lines), ""]
+    return "\n".join(parts)
+
+
 def _method_of(row: str) -> str:
     return next(name for name in sorted(METHODS, key=len, reverse=True) if row.startswith(name))
 
