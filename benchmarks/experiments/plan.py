@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
 TOP_P = {"off_support_target": "set"}
 CANDIDATES: dict[str, Method] = {
     "bellman_distill, target set": Method({"objective": CLONING, **TOP_P}),
+    "bellman_distill, p 0.5, target set": Method({"objective": CLONING, "p": 0.5, **TOP_P}),
     "skew_kl, set, target set": _on("skew_kl", direction="reverse", source="set", **TOP_P),
     "reverse_kl, set, target set": _on("reverse_kl", source="set", **TOP_P),
     "skew_kl, set": _on("skew_kl", direction="reverse", source="set"),

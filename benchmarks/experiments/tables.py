@@ -111,14 +111,8 @@ def tests_section(path: Path) -> str:
     points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
     drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
     ours = next(method for method in methods if method.startswith(_OURS))
-    head = [
-        "",
-        "seeds",
-        *sets,
-        "mean",
-        *(f"{name} less {ours}'s" for name in [*sets, "mean"]),
-        "share of the teacher's",
-    ]
+    less = [f"{name} less that of {ours}" for name in [*sets, "mean"]]
+    head = ["", "seeds", *sets, "mean", *less, "share of the teacher's"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for method in methods:
         both = [(points[method], drawn[method], ""), (points[method] - points[ours], drawn[method] - drawn[ours], "+")]
