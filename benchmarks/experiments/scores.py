@@ -10,6 +10,7 @@ from setups import Setup
 from tdistill.evaluation.divergence import divergences
 from tdistill.evaluation.generation import sample_answers
 from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.text import distinct_bigrams
 from tdistill.types import PromptTokens
 
 # As in the paper: temperature 1, top-p 0.8. Its five seeds are 10, 20, 30, 40 and 50.
@@ -49,7 +50,7 @@ def of_answers(
         seeds: sampling seeds.
     Returns:
         ``rouge_l`` (F1 to the references), ``rouge_l_teacher`` (to the teacher's answer, where there are any),
-        ``length`` (tokens) and ``terminated`` (0 or 1).
+        ``length`` (tokens), ``terminated`` (0 or 1) and ``distinct_2`` (share of the bigrams; 1 where there are none).
     """
     found: dict[str, list[list[float]]] = {}
     for seed in seeds:
@@ -71,6 +72,7 @@ def of_answers(
             "rouge_l": [rouge_l(text, references[name]) for name, text in texts.items()],
             "length": [float(len(answer.token_ids)) for answer in answers],
             "terminated": [float(answer.terminated) for answer in answers],
+            "distinct_2": [_distinct(answer.token_ids) for answer in answers],
         }
         if teachers:
             measured["rouge_l_teacher"] = [rouge_l(text, [teachers[name]]) for name, text in texts.items()]
@@ -87,6 +89,11 @@ def screening(setup: Setup, model: Any, seeds: tuple[int, ...]) -> dict[str, Any
     prompts = [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
     references = {record.prompt_id: record.references for record in setup.run.records("held_out")}
     return on_teacher_answers(setup, model) | of_answers(setup, model, prompts, references, teachers, seeds)
+
+
+def _distinct(token_ids: np.ndarray) -> float:
+    distinct, total = distinct_bigrams(token_ids)
+    return distinct / total if total else 1.0
 
 
 def _rounded(values: np.ndarray) -> list[float]:

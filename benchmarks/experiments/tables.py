@@ -29,14 +29,15 @@ def experiment_section(path: Path) -> str:
     experiment, second = EXPERIMENTS[name], content["second_phase"]
     shared = {key: value for key, value in facts.items() if len(experiment.groups) == 1 or key == "teacher"}
     length = f"{second['max_steps']} steps" if name != "e8" else "the steps of its row"
+    rate = "the rate chosen for it" if name != "e1" else f"{second['learning_rate']:g} unless the row names another"
     parts = [
         f"## {experiment.title}",
         "",
         f"From `{path}`, which `python benchmarks/experiments {name}` makes again and goes on with. "
         f"{'; '.join(f'{key}: {value}' for key, value in shared.items())}. One healed start for all of a setup "
         f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
-        f"for {length} of {second['response_tokens_per_batch']} response tokens. 200 screening prompts of the dev "
-        f"file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. "
+        f"for {length} of {second['response_tokens_per_batch']} response tokens, at learning rate {rate}. 200 "
+        f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. "
         "Intervals: 95 %, bootstrap over prompts and training seeds; differences are paired. Bold: the best of a "
         "column; ≈: its difference to the best has an interval that includes 0. A row of one training seed does not "
         "say how far another training would be, so nothing separates it.",
@@ -166,7 +167,8 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
-    for name, mine in methods.items():
+    for name in sorted(methods, key=lambda name: (name not in _UNTRAINED, -values["rouge_l"][name].value)):
+        mine = methods[name]
         cells = [str(len(mine)), *(costs(mine[0]) if costs else [])]
         for metric in _METRICS:
             shown = _shown(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL))
