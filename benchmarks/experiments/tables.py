@@ -37,7 +37,8 @@ def experiment_section(path: Path) -> str:
         f"{'; '.join(f'{key}: {value}' for key, value in shared.items())}. One healed start for all of a setup "
         f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
         f"for {length} of {second['response_tokens_per_batch']} response tokens, at learning rate {rate}. 200 "
-        f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, temperature 1, top-p 0.8. "
+        f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, "
+        "temperature 1, top-p 0.8. "
         "Intervals: 95 %, bootstrap over prompts and training seeds; differences are paired. Bold: the best of a "
         "column; ≈: its difference to the best has an interval that includes 0. A row of one training seed does not "
         "say how far another training would be, so nothing separates it.",
