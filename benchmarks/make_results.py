@@ -13,6 +13,7 @@ from typing import Any
 
 from tdistill.reports.load import read_results
 from tdistill.reports.performance import bars_table, headline, performance_table
+from tdistill.reports.plots import sparsity_study_chart
 from tdistill.reports.tables import markdown_table, results_page
 from tdistill.reports.write import write_atomically
 
@@ -23,6 +24,7 @@ from table import comparison_section
 from tables import cost_figure, experiment_section, tests_section
 
 RESULTS = Path("benchmarks/results")
+FIGURES = Path("docs/figures")
 COLUMNS = {
     "kl_set_tail": "KL over set and tail (nats/token)",
     "kl_teacher_student": "KL (nats/token)",
@@ -49,6 +51,8 @@ def page() -> str:
         path = RESULTS / f"objectives_{scale}.json"
         if path.is_file():
             parts.append(comparison_section(path))
+    if (RESULTS / "experiments" / "sparsity.json").is_file():
+        parts.append(_sparsity(RESULTS / "experiments" / "sparsity.json"))
     for name in EXPERIMENTS:
         path = RESULTS / "experiments" / f"{name}.json"
         if path.is_file():
@@ -66,6 +70,28 @@ def page() -> str:
             f"batch sizes {sizes}: sums of floats depend on the shape of a batch.\n"
         )
     return "\n".join(parts)
+
+
+def _sparsity(path: Path) -> str:
+    study = json.loads(path.read_text())
+    rows = [
+        [f"{r['p']:g}", f"{r['size']['mean']:.1f}", f"{r['size']['median']:g}", f"{r['covered_mass']['mean']:.3f}",
+         f"{r['q_loss_nats']['median']:.1f}"]
+        for r in study["by_p"]
+    ]  # fmt: skip
+    head = ["p", "mean actions in A_p", "median", "covered mass", "loss of value, median, nats"]
+    return (
+        f"## Sparsity of the teacher\n\nFrom `{path}`, which `tdistill check sparsity "
+        f"runs/experiments/claims/base/run/store/train --json` prints: {study['num_states']:,} states of the main "
+        f"table's store.\n\n{table(head, rows)}\n![Sparsity]({FIGURES.name}/sparsity.svg)\n"
+    )
+
+
+def _sparsity_figure(path: Path) -> str:
+    return sparsity_study_chart(json.loads(path.read_text()))
+
+
+FIGURE_SOURCES = {"cost.svg": ("e8.json", cost_figure), "sparsity.svg": ("sparsity.json", _sparsity_figure)}
 
 
 def _section(title: str, file: str, key: str, command: str, note: str) -> str:
@@ -166,7 +192,7 @@ if __name__ == "__main__":
     for path, made in ((Path("docs/performance.md"), performance), (Path("docs/store-format.md"), store_format)):
         write_atomically(path, made(path.read_text(encoding="utf-8")))
     write_atomically(Path("docs/results.md"), page())
-    if (RESULTS / "experiments" / "e8.json").is_file():
-        Path("docs/figures").mkdir(exist_ok=True)
-        write_atomically(Path("docs/figures/cost.svg"), cost_figure(RESULTS / "experiments" / "e8.json"))
+    for figure, (made_of, draw) in FIGURE_SOURCES.items():
+        if (source := RESULTS / "experiments" / made_of).is_file():
+            write_atomically(FIGURES / figure, draw(source) + "\n")
     write_atomically(Path("README.md"), readme(Path("README.md").read_text(encoding="utf-8")))

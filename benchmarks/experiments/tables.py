@@ -54,8 +54,7 @@ def experiment_section(path: Path) -> str:
         if rows:
             parts += [_table(rows, _costs if name == "e8" else None), ""]
     if name == "e8":
-        path = Path("docs/figures/cost.svg")
-        parts += [f"![Scores over cost]({path.relative_to('docs')})", ""]
+        parts += ["![Scores over cost](figures/cost.svg)", ""]
     return "\n".join(parts)
 
 
