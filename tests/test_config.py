@@ -466,6 +466,29 @@ def test_a_budget_is_in_the_place_of_p(plain: Path):
         load_recipe(plain, ["phases.bd.args.p_budget_nats=1", "capture.p_max=1"])
 
 
+def test_transitions_outside_are_kept_only_where_the_token_is_not_read(plain: Path, tmp_path: Path):
+    def arguments(**objective: object) -> TDistillConfig:
+        return TDistillConfig(str(tmp_path), objective=objective, outside="keep", use_cpu=True)
+
+    for objective in (
+        {"name": "iq_learn", "alpha": 10.0},
+        {"name": "iq_learn", "first_order": "sampled"},
+        {"name": "path_consistency"},
+        {"name": "minillm"},
+        {"name": "sft"},
+    ):
+        with pytest.raises(ConfigError, match="reads the token taken"):
+            arguments(**objective)
+    assert arguments(name="iq_learn").outside == arguments(name="skew_kl", source="set").outside == "keep"
+    assert "outside = 'kept' is unknown" in refusal(plain, "phases.bd.args.outside=kept")
+
+
+def test_the_target_of_the_off_support_term_is_one_of_two(plain: Path):
+    recipe = load_recipe(plain, ["phases.bd.args.off_support_target=set"])
+    assert recipe.arguments("bd", "x").build_off_support().target == "set"
+    assert "off_support" in refusal(plain, "phases.bd.args.off_support_target=sets")
+
+
 def test_settings_of_an_objective_without_its_name_are_refused(plain: Path):
     # `objective.alpha` over `objective: sft` must not become the objective that has an alpha.
     message = refusal(plain, "phases.sft.args.objective.alpha=1")

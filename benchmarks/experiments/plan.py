@@ -39,8 +39,10 @@ def _on(name: str, rollouts: dict[str, Any] | None = None, **fields: Any) -> Met
 
 
 LIVE = {"source": "teacher"}
+# The student learns the teacher's top-p policy, not how much mass the teacher leaves outside.
+TOP_P = {"off_support_target": "set"}
 METHODS: dict[str, Method] = {
-    "bellman_distill": Method({"objective": CLONING}),
+    "bellman_distill": Method({"objective": CLONING, "p": 0.5, **TOP_P}),
     "sft on references": replace(_on("sft"), references=True),
     "seqkd": _on("sft"),
     "forward_kl": _on("forward_kl", **LIVE),
@@ -53,22 +55,20 @@ METHODS: dict[str, Method] = {
     "alpha_beta": _on("alpha_beta", **LIVE),
     "total_variation": _on("total_variation", **LIVE),
     "sampled_kl": _on("sampled_kl", **LIVE),
-    # The nearest that cloning of sampled tokens comes to the top-p policy: tokens outside the set are left out.
-    "seqkd, tokens in the set": Method(
-        {"objective": iq(alpha=INF, first_order="sampled"), "off_support": "tail", "off_support_target": "set"}
+    # Answers are samples of the teacher's top-p policy at the store's p; here tokens outside a smaller p are left out.
+    "seqkd, p 0.5": Method(
+        {"objective": iq(alpha=INF, first_order="sampled"), "p": 0.5, "off_support": "tail", **TOP_P}
     ),
 }
-# What could become the default: no teacher in memory at a step, and no row of the vocabulary.
-TOP_P = {"off_support_target": "set"}
+# What else could become the default: no teacher in memory at a step, and no row of the vocabulary.
 CANDIDATES: dict[str, Method] = {
-    "bellman_distill, target set": Method({"objective": CLONING, **TOP_P}),
-    "bellman_distill, p 0.5, target set": Method({"objective": CLONING, "p": 0.5, **TOP_P}),
-    "skew_kl, set, target set": _on("skew_kl", direction="reverse", source="set", **TOP_P),
-    "bellman_distill, p 0.3, target set": Method({"objective": CLONING, "p": 0.3, **TOP_P}),
-    "skew_kl, set, p 0.5, target set": _on("skew_kl", direction="reverse", source="set", p=0.5, **TOP_P),
-    "gkd, set, p 0.5, target set": _on("gkd", {}, source="set", p=0.5, **TOP_P),
-    "reverse_kl, set, target set": _on("reverse_kl", source="set", **TOP_P),
-    "skew_kl, set": _on("skew_kl", direction="reverse", source="set"),
+    "bellman_distill, p 0.3": Method({"objective": CLONING, "p": 0.3, **TOP_P}),
+    "bellman_distill, p 0.5, outside kept": Method({"objective": CLONING, "p": 0.5, "outside": "keep", **TOP_P}),
+    "bellman_distill, p 0.8": Method({"objective": CLONING, "p": 0.8, **TOP_P}),
+    "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8}),
+    "skew_kl, set, p 0.8": _on("skew_kl", direction="reverse", source="set", p=0.8, **TOP_P),
+    "skew_kl, set, p 0.5": _on("skew_kl", direction="reverse", source="set", p=0.5, **TOP_P),
+    "gkd, set, p 0.5": _on("gkd", {}, source="set", p=0.5, **TOP_P),
 }
 METHODS |= CANDIDATES
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
@@ -98,11 +98,19 @@ def chosen(*names: str) -> dict[str, Method]:
     return {name: at_rate(name, CHOSEN[name])[1] for name in names if name in CHOSEN}
 
 
+def ours_with(changes: dict[str, dict[str, Any]]) -> dict[str, Method]:
+    """The default objective with other arguments, by the names of these changes."""
+    return {
+        f"{name}, {change}": replace(method, args={**method.args, **args})
+        for name, method in chosen("bellman_distill").items()
+        for change, args in changes.items()
+    }
+
+
 def main_table() -> dict[str, Method]:
     """Main methods at each of their rates, and the others at the setup's."""
     middle, *others = (dict(at_rate(name, RATES[name][i]) for name in MAIN) for i in range(3))
-    first = dict(list(CANDIDATES.items())[:4])
-    return first | middle | others[0] | others[1] | {k: v for k, v in METHODS.items() if k not in MAIN}
+    return middle | CANDIDATES | others[0] | others[1] | {k: v for k, v in METHODS.items() if k not in MAIN}
 
 
 def times() -> dict[str, Any]:
@@ -149,20 +157,16 @@ def _in_each(setups: list[Claims], methods: dict[str, Method]) -> dict[Claims, d
 
 
 BASE = Claims()
-OURS = chosen("bellman_distill")
 EXPERIMENTS: dict[str, Experiment] = {
     "e1": Experiment("Main table, equal response tokens", {BASE: main_table()}),
     "e8": Experiment("Equal cost, and what a score costs", {BASE: at_equal_cost()}),
     "e2": Experiment(
         "p",
-        {replace(BASE, name="p-0.5", p_max=0.5): OURS}
-        | {
-            replace(BASE, name="p-0.95", p_max=0.95): OURS
-            | {
-                f"{name} of this store": replace(method, args={**method.args, **args})
-                for name, args in (("p 0.5", {"p": 0.5}), ("p 0.8", {"p": 0.8}), ("1 nat", {"p_budget_nats": 1.0}))
-                for method in OURS.values()
-            }
+        {
+            replace(BASE, name="p-0.5", p_max=0.5): ours_with({"p 0.5": {"p": 0.5}}),
+            replace(BASE, name="p-0.95", p_max=0.95): ours_with(
+                {f"p {p:g}": {"p": p} for p in (0.5, 0.8, 0.95)} | {"10 nats": {"p": None, "p_budget_nats": 10.0}}
+            ),
         },
     ),
     "e5": Experiment(

@@ -103,6 +103,15 @@ def test_answers_of_the_student_are_marked_and_keep_their_tokens():
     np.testing.assert_allclose(batch["log_prob_taken_teacher_N"].exp(), [0.5, 1, 0.97, 0.2, 0.02, 1.0], rtol=1e-6)
 
 
+def test_transitions_outside_can_be_kept():
+    # As below, but the objective does not read that the token was 6.
+    dropping, keeping = (PackedCollator(pad_token_id=0, p=0.45, keep_outside=keep)([SAMPLED]) for keep in (False, True))
+    assert dropping["has_action_N"].tolist() == [True, False, True] and keeping["has_action_N"].tolist() == [True] * 3
+    assert keeping["dropped_N"].tolist() == [False] * 3
+    for name in ("offsets", "action_ids_M", "log_prob_teacher_M"):
+        assert torch.equal(dropping[name], keeping[name])
+
+
 def test_smaller_p_drops_sampled_tokens_and_adds_given_ones():
     # At p = 0.45 every set is its first token. Sampled: 6 is outside {9}, so that transition is dropped, and its row
     # stays as a next state. Given: 7 and 4 are outside {3} and {8} and are added.

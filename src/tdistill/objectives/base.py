@@ -28,6 +28,11 @@ class Objective:
         return True
 
     @property
+    def reads_action(self) -> bool:
+        """Whether it depends on the token taken, or on the next state through it."""
+        return True
+
+    @property
     def uses_off_support(self) -> bool:
         """Whether the phase's off-support term is added to it."""
         return self.uses_sets

@@ -41,6 +41,11 @@ class Divergence(Objective):
         return self.source != "teacher"
 
     @property
+    def reads_action(self) -> bool:
+        """Whether it depends on the token taken."""
+        return False
+
+    @property
     def uses_off_support(self) -> bool:
         """Whether the phase's off-support term is added to it."""
         return self.source == "set"

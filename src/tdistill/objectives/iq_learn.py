@@ -95,6 +95,11 @@ class IQLearn(Objective):
         return self.coordinates == "value_head"
 
     @property
+    def reads_action(self) -> bool:
+        """Whether it depends on the token taken."""
+        return self.first_order == "sampled" or self.alpha < math.inf or self.student_value_weight > 0
+
+    @property
     def needs_rollouts(self) -> bool:
         """Whether it needs trajectories that the student sampled."""
         return self.student_value_weight > 0

@@ -59,6 +59,11 @@ class MiniLLM(Divergence):
             raise DomainError(f"minillm: clip = {self.clip} must be positive; the released code has 0.2.")
 
     @property
+    def reads_action(self) -> bool:
+        """Whether it depends on the token taken."""
+        return True
+
+    @property
     def needs_rollouts(self) -> bool:
         """Whether it needs trajectories that the student sampled."""
         return True

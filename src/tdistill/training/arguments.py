@@ -28,6 +28,8 @@ class TDistillConfig(TrainingArguments):
         p_budget_nats: instead of p: loss of value per trajectory, nats. Each state keeps the smallest set such that the
             discounted sum of −log Z along the trajectory stays within it, or all that is stored.
         p_budget_gamma: discount of that sum.
+        outside: what becomes of sampled transitions whose token is not in A_p: ``drop``, or ``keep`` for objectives
+            that do not read the token taken, such as an expected first-order term alone.
         off_support: pressure outside the sets, used by objectives on sets only: ``none``, ``union``, ``negatives`` or
             ``tail``.
         off_support_weight: factor on it.
@@ -45,6 +47,7 @@ class TDistillConfig(TrainingArguments):
     p: float | None = None
     p_budget_nats: float | None = None
     p_budget_gamma: float = 0.99
+    outside: Literal["drop", "keep"] = "drop"
     off_support: Literal["none", "union", "negatives", "tail"] = "negatives"
     off_support_weight: float = 1.0
     off_support_target: Literal["teacher", "set"] = "teacher"
@@ -83,6 +86,13 @@ class TDistillConfig(TrainingArguments):
         if not self.bf16 and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
             self.bf16 = torch.cuda.is_bf16_supported()
         super().__post_init__()
+        if self.outside not in ("drop", "keep"):
+            raise ConfigError(f"outside = '{self.outside}' is unknown; use drop or keep.")
+        if self.outside == "keep" and (objective := self.build_objective()).reads_action:
+            raise ConfigError(
+                f"outside = keep, but the objective '{objective.name}' reads the token taken, whose "
+                "projected probability is 0 outside the set. Set outside to drop."
+            )
         self.build_objective()
         self.build_off_support()
 

@@ -41,7 +41,7 @@ class PackedCollator:
 
     At p < p_max a sampled transition whose token is not in A_p is dropped: its row stays as the next state of the row
     before it. For a given answer, or one of the student's own, the taken token is added to the set instead. Both are
-    counted.
+    counted. An objective that does not read the token taken can keep the sampled transitions as they are.
     Source: arXiv 2505.20335, §3; sets nest, trajectories do not.
 
     Attributes:
@@ -49,6 +49,7 @@ class PackedCollator:
         p: mass of the sets, or None for the sets as stored.
         budget: (nats, gamma), or None. Each state keeps the smallest set such that the discounted sum of −log Z along
             its trajectory stays within the nats (:func:`~tdistill.actions.budget_sizes`); instead of p.
+        keep_outside: keep sampled transitions whose token is not in A_p.
         text: plain text to append, or None. Which sequences is a function of the trajectories of the batch alone.
     """
 
@@ -57,6 +58,7 @@ class PackedCollator:
     budget: tuple[float, float] | None = None
     text: PlainText | None = None
     seed: int = field(default=0)
+    keep_outside: bool = False
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask [B, T], position_index_N into their flattened form, and packed fields."""
@@ -116,6 +118,8 @@ class PackedCollator:
             outside_N = acts_N & listed_N & ~inside_N
             sampled_N = np.array([t.source == "teacher" for t in trajectories])[sequence_N]
             dropped_N, added_N = outside_N & sampled_N, outside_N & ~sampled_N
+            if self.keep_outside:
+                dropped_N = np.zeros_like(dropped_N)
             acts_N = acts_N & ~dropped_N
             keep_M[taken_M[~sampled_N[row_M[taken_M]]]] = True
             stored_N = np.bincount(row_M[keep_M], minlength=len(sequence_N))

@@ -157,7 +157,7 @@ class TDistillTrainer(Trainer):
         budget = None
         if self.objective.uses_sets and args.p_budget_nats is not None:
             budget = (args.p_budget_nats, args.p_budget_gamma)
-        self._train_collator = PackedCollator(pad, p, budget, text, args.seed)
+        self._train_collator = PackedCollator(pad, p, budget, text, args.seed, args.outside == "keep")
         super().__init__(
             model=model,
             args=args,
