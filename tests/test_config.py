@@ -480,7 +480,9 @@ def test_transitions_outside_are_kept_only_where_the_token_is_not_read(plain: Pa
         with pytest.raises(ConfigError, match="reads the token taken"):
             arguments(**objective)
     assert arguments(name="iq_learn").outside == arguments(name="skew_kl", source="set").outside == "keep"
-    assert "outside = 'kept' is unknown" in refusal(plain, "phases.bd.args.outside=kept")
+    assert "'outside': Input should be 'drop' or 'keep'" in refusal(plain, "phases.bd.args.outside=kept")
+    with pytest.raises(ConfigError, match="outside = 'kept' is unknown"):
+        TDistillConfig(str(tmp_path), outside="kept", use_cpu=True)  # type: ignore[arg-type]
 
 
 def test_the_target_of_the_off_support_term_is_one_of_two(plain: Path):
