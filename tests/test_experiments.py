@@ -1,0 +1,107 @@
+"""The benchmarks' experiments: what equal cost means, that a frozen recipe is looked at once, and their tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The modules ``plan``, ``finals`` and ``tables``, with their results in an empty folder."""
+    before = set(sys.modules)
+    monkeypatch.chdir(ROOT)
+    for folder in ("objectives", "experiments"):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
+    import finals
+    import plan
+    import tables
+
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
+    monkeypatch.setattr(plan, "CHOSEN", {"bellman_distill": 3e-4, "minillm": 5e-5})
+    yield type("Modules", (), {"plan": plan, "finals": finals, "tables": tables})
+    for name in set(sys.modules) - before:
+        if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def write_times(plan: Any, **step_s: float) -> None:
+    (plan.RESULTS / "times.json").write_text(json.dumps({"step_s": step_s}))
+
+
+def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_steps(modules):
+    assert modules.plan.at_equal_cost() == {}  # nothing is measured yet
+    write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
+    methods = modules.plan.at_equal_cost((1.0, 0.5))
+    steps = {name: method.args["max_steps"] for name, method in methods.items()}
+    assert steps == {
+        "bellman_distill, cost 1": 80,
+        "minillm, cost 1": 20,
+        "bellman_distill, cost 0.5": 40,
+        "minillm, cost 0.5": 10,
+    }
+    assert methods["minillm, cost 1"].args["learning_rate"] == 5e-5
+    assert [methods[name].keep for name in steps] == [True, True, False, False]
+
+
+def look(
+    method: str, seed: int, test_set: str, sampling_seed: int, recipe: str, rouge_l: list[float]
+) -> dict[str, Any]:
+    return {"method": method, "seed": seed, "set": test_set, "sampling_seed": sampling_seed, "recipe": recipe,
+            "rouge_l": rouge_l}  # fmt: skip
+
+
+def test_a_frozen_recipe_is_looked_at_once_and_does_not_change(modules, monkeypatch):
+    finals = modules.finals
+    write_times(modules.plan, bellman_distill=2.0)
+    monkeypatch.setattr(finals, "FROZEN", ("bellman_distill",))
+    looks = finals.missing()
+    num_models = modules.plan.NUM_SEEDS + 2  # and start and teacher
+    assert len(looks) == len({(name, *rest) for name, _, *rest in looks}) == num_models * 3 * 5
+    name, method, seed, test_set, sampling_seed = looks[0]
+
+    def written(recipe: str) -> None:
+        rows = [look(name, seed, test_set, sampling_seed, recipe, [0.5])]
+        finals.PATH.write_text(json.dumps({"rows": rows}))
+
+    written(finals._recipe(method))
+    assert finals.missing() == looks[1:]
+    written("another")
+    with pytest.raises(SystemExit, match=r"bellman_distill, cost 1, seed 0 was looked at on dolly with another recipe"):
+        finals.missing()
+
+
+def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(modules, tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for test_set, num_prompts in (("dolly", 60), ("vicuna", 20)):
+        scores = random.random((3, 2, num_prompts))  # trainings, sampling seeds, prompts
+        for method, less, trainings in (
+            ("bellman_distill, cost 1", 0.0, 3),
+            ("seqkd, cost 1", 0.01, 3),
+            ("teacher", 0, 1),
+        ):
+            rows += [
+                look(method, seed, test_set, draw, "", (scores[seed, draw] - less).tolist())
+                for seed in range(trainings)
+                for draw in range(2)
+            ]
+    path = tmp_path / "tests.json"
+    path.write_text(json.dumps({"rows": rows}))
+    lines = modules.tables.tests_section(path).splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ") for line in lines if line.startswith("|")}
+    ours, other = cells["bellman_distill, cost 1"], cells["seqkd, cost 1"]
+    means = [float(ours[i].split()[0]) for i in (2, 3, 4)]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
+    # Every training and prompt is 0.01 lower; what differs between draws is which trainings are drawn.
+    assert [cell.split()[0] for cell in other[5:8]] == ["-0.0100"] * 3 and ours[5] == "–"
+    low, high = (float(end.strip("[],")) for end in other[7].split()[1:])
+    assert low < -0.01 < high
