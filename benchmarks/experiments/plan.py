@@ -66,6 +66,13 @@ CANDIDATES: dict[str, Method] = {
     "bellman_distill, p 0.5, outside kept": Method({"objective": CLONING, "p": 0.5, "outside": "keep", **TOP_P}),
     "bellman_distill, p 0.8": Method({"objective": CLONING, "p": 0.8, **TOP_P}),
     "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8}),
+    # The default has nothing temporal in it (alpha inf is φ the identity); these have, and the second is its twin.
+    **{
+        f"bellman_distill, alpha 10, gamma {gamma:g}": Method(
+            {"objective": iq(alpha=10.0, gamma=gamma), "p": 0.5, **TOP_P}
+        )
+        for gamma in (0.99, 0.0)
+    },
     "skew_kl, set, p 0.8": _on("skew_kl", direction="reverse", source="set", p=0.8, **TOP_P),
     "skew_kl, set, p 0.5": _on("skew_kl", direction="reverse", source="set", p=0.5, **TOP_P),
     "gkd, set, p 0.5": _on("gkd", {}, source="set", p=0.5, **TOP_P),
