@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _rows() -> list[dict[str, Any]]:
 
 def _recipe(method: Method | None) -> str:
     """Short digest of everything that a recipe is."""
-    what = None if method is None else [method.args, method.rollouts, method.references]
+    what = [asdict(BASE), None if method is None else [method.args, method.rollouts, method.references]]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
