@@ -159,10 +159,6 @@ class Experiment:
         return {name for methods in self.groups.values() for name in methods}
 
 
-def _in_each(setups: list[Claims], methods: dict[str, Method]) -> dict[Claims, dict[str, Method]]:
-    return dict.fromkeys(setups, methods)
-
-
 BASE = Claims()
 EXPERIMENTS: dict[str, Experiment] = {
     "e1": Experiment("Main table, equal response tokens", {BASE: main_table()}),
@@ -178,14 +174,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "e5": Experiment(
         "Size of the student",
-        _in_each(
+        dict.fromkeys(
             [replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)],
             chosen("bellman_distill", "seqkd", "forward_kl"),
         ),
     ),
     "e6": Experiment(
         "Answers to a prompt",
-        _in_each(
+        dict.fromkeys(
             [replace(BASE, name=f"answers-{n}", answers_per_prompt=n) for n in (2, 4)],
             chosen("bellman_distill", "seqkd"),
         ),

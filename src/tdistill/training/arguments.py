@@ -88,12 +88,12 @@ class TDistillConfig(TrainingArguments):
         super().__post_init__()
         if self.outside not in ("drop", "keep"):
             raise ConfigError(f"outside = '{self.outside}' is unknown; use drop or keep.")
-        if self.outside == "keep" and (objective := self.build_objective()).reads_action:
+        objective = self.build_objective()
+        if self.outside == "keep" and objective.reads_action:
             raise ConfigError(
                 f"outside = keep, but the objective '{objective.name}' reads the token taken, whose "
                 "projected probability is 0 outside the set. Set outside to drop."
             )
-        self.build_objective()
         self.build_off_support()
 
     def build_objective(self) -> Objective:
