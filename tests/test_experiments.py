@@ -42,14 +42,25 @@ def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_ste
     write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
     methods = modules.plan.at_equal_cost((1.0, 0.5))
     steps = {name: method.args["max_steps"] for name, method in methods.items()}
+    # Cost 1 of the default is a row of the main table; of the others it has every rate.
     assert steps == {
-        "bellman_distill, cost 1": 80,
-        "minillm, cost 1": 20,
-        "bellman_distill, cost 0.5": 40,
-        "minillm, cost 0.5": 10,
+        "minillm, learning rate 5e-05, cost 1": 20,
+        "minillm, learning rate 0.0002, cost 1": 20,
+        "minillm, learning rate 1e-05, cost 1": 20,
+        "bellman_distill, learning rate 0.0003, cost 0.5": 40,
+        "minillm, learning rate 5e-05, cost 0.5": 10,
     }
-    assert methods["minillm, cost 1"].args["learning_rate"] == 5e-5
-    assert [methods[name].keep for name in steps] == [True, True, False, False]
+    assert methods["minillm, learning rate 0.0002, cost 1"].args["learning_rate"] == 2e-4
+    assert [method.num_seeds for method in methods.values()] == [3, 1, 1, 1, 1]
+
+
+def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):
+    write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
+    monkeypatch.setattr(modules.plan, "FROZEN", ("bellman_distill", "minillm"))
+    frozen = modules.plan.frozen()
+    assert list(frozen) == ["bellman_distill, learning rate 0.0003", "minillm, learning rate 5e-05"]
+    steps = [method.args.get("max_steps", modules.plan.STEPS) for method in frozen.values()]
+    assert steps == [80, 20] and all(method.num_seeds == 3 for method in frozen.values())
 
 
 def look(
@@ -62,7 +73,7 @@ def look(
 def test_a_frozen_recipe_is_looked_at_once_and_does_not_change(modules, monkeypatch):
     finals = modules.finals
     write_times(modules.plan, bellman_distill=2.0)
-    monkeypatch.setattr(finals, "FROZEN", ("bellman_distill",))
+    monkeypatch.setattr(modules.plan, "FROZEN", ("bellman_distill",))
     looks = finals.missing()
     num_models = modules.plan.NUM_SEEDS + 2  # and start and teacher
     assert len(looks) == len({(name, *rest) for name, _, *rest in looks}) == num_models * 3 * 5
@@ -75,7 +86,7 @@ def test_a_frozen_recipe_is_looked_at_once_and_does_not_change(modules, monkeypa
     written(finals._recipe(method))
     assert finals.missing() == looks[1:]
     written("another")
-    with pytest.raises(SystemExit, match=r"bellman_distill, cost 1, seed 0 was looked at on dolly with another recipe"):
+    with pytest.raises(SystemExit, match=r"rate 0.0003, seed 0 was looked at on dolly with another recipe"):
         finals.missing()
 
 

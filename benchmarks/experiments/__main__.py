@@ -75,8 +75,6 @@ class Experiments:
         curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model = trainer.model.eval()
-        if method.keep:
-            self.keep(model, what, name, seed)
         return {
             "setup": what.name,
             "method": name,
@@ -90,24 +88,17 @@ class Experiments:
             "seconds": time.perf_counter() - started,
         }
 
-    def keep(self, model: Any, what: Claims, name: str, seed: int) -> Path:
-        """Save a trained student, whole or not at all; return its folder."""
-        folder = self.student(what, name, seed)
-        partial = folder.with_name(f".{folder.name}.partial")
-        model.save_pretrained(partial)
-        return partial.rename(folder)
-
-    def student(self, what: Claims, name: str, seed: int) -> Path:
-        """Folder of a trained student that is kept."""
-        return self.setup(what).work / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-
     def load(self, name: str, method: Method | None, seed: int) -> Any:
-        """The teacher, the healed start or a student of the base; one that was not kept here is trained again."""
+        """The teacher, the healed start or a student of the base, which is trained once and kept."""
         if name == "teacher":
             return self.setup(BASE).teacher.model
-        folder = self.healed(BASE) if method is None else self.student(BASE, name, seed)
-        if method is not None and not folder.is_dir():
-            self.keep(self.train(BASE, method, seed)[0].model, BASE, name, seed)
+        folder = self.healed(BASE)
+        if method is not None:
+            folder = folder.parent / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            if not folder.is_dir():
+                partial = folder.with_name(f".{folder.name}.partial")
+                self.train(BASE, method, seed)[0].model.save_pretrained(partial)
+                partial.rename(folder)
         return load_causal_lm(folder, dtype="float32").eval()
 
     def step_s(self, what: Claims, method: Method) -> float:

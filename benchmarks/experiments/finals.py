@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plan import BASE, FROZEN, NUM_SEEDS, RESULTS, Method, at_equal_cost
+from plan import BASE, RESULTS, Method, frozen
 from scores import of_answers
 from setups import Setup
 
@@ -35,12 +35,8 @@ Load = Callable[[str, Method | None, int], Any]
 
 def looks() -> Iterator[tuple[str, Method | None, int, str, int]]:
     """Row, its method, training seed, test set and sampling seed, one sampling seed of everything before the next."""
-    methods = at_equal_cost((1.0,))
     rows: list[tuple[str, Method | None, int]] = [
-        (f"{name}, cost 1", methods[f"{name}, cost 1"], seed)
-        for seed in range(NUM_SEEDS)
-        for name in FROZEN
-        if f"{name}, cost 1" in methods
+        (name, method, seed) for name, method in frozen().items() for seed in range(method.num_seeds)
     ]
     if rows:
         rows += [("start", None, 0), ("teacher", None, 0)]

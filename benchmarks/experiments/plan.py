@@ -23,14 +23,12 @@ class Method:
         rollouts: settings on top of the setup's, or None for none of the student's answers.
         references: train on the references of people instead of the teacher's answers.
         num_seeds: training seeds.
-        keep: keep the students for the test sets.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     rollouts: dict[str, Any] | None = None
     references: bool = False
     num_seeds: int = 1
-    keep: bool = False
 
 
 def _on(name: str, rollouts: dict[str, Any] | None = None, **fields: Any) -> Method:
@@ -79,10 +77,11 @@ CANDIDATES: dict[str, Method] = {
 }
 METHODS |= CANDIDATES
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
-# Three learning rates for each main method, one seed each; the middle one first.
-RATES = dict.fromkeys(MAIN, (1e-4, 3e-5, 3e-4)) | {
-    "bellman_distill": (3e-4, 1e-4, 1e-3),
-    "minillm": (5e-5, 1e-5, 2e-4),
+# Three learning rates for each main method, searched at equal cost with one training seed. Where the best is at an end,
+# one more beyond it.
+RATES = dict.fromkeys(MAIN, (1e-4, 3e-4, 1e-3)) | {
+    "bellman_distill": (3e-4, 1e-3, 1e-4),
+    "minillm": (5e-5, 2e-4, 1e-5),
 }
 # The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. What is frozen
 # at a rate goes on from here; a method that is not here has not been chosen for yet.
@@ -115,9 +114,14 @@ def ours_with(changes: dict[str, dict[str, Any]]) -> dict[str, Method]:
 
 
 def main_table() -> dict[str, Method]:
-    """Main methods at each of their rates, and the others at the setup's."""
-    middle, *others = (dict(at_rate(name, RATES[name][i]) for name in MAIN) for i in range(3))
-    return middle | CANDIDATES | others[0] | others[1] | {k: v for k, v in METHODS.items() if k not in MAIN}
+    """Main methods at the first of their rates and the chosen one, ours at all of them; the others at the setup's."""
+    ours, *others = MAIN
+    tried = [(ours, rate) for rate in RATES[ours]] + [(name, RATES[name][0]) for name in others]
+    rows = dict(at_rate(name, rate) for name, rate in [*tried, *CHOSEN.items()])
+    for name, rate in CHOSEN.items():
+        row = at_rate(name, rate)[0]
+        rows[row] = replace(rows[row], num_seeds=NUM_SEEDS)
+    return rows | CANDIDATES | {name: method for name, method in METHODS.items() if name not in MAIN}
 
 
 def times() -> dict[str, Any]:
@@ -129,17 +133,31 @@ def times() -> dict[str, Any]:
 def at_equal_cost(shares: tuple[float, ...] = (1.0, 0.5, 0.25, 2.0)) -> dict[str, Method]:
     """Methods with as many steps as the cost of the default's steps, or a share of it, pays for.
 
-    Empty until the times are measured. Cost 1 has all training seeds, and its students meet the test sets.
+    At cost 1 every rate, and all training seeds of the chosen one, whose students meet the test sets; there the default
+    has the rows of the main table. At other shares the chosen rates. What is not measured or chosen yet is left out.
     """
     step_s, found = times()["step_s"], {}
+    tried = [(name, RATES[name][i : i + 1]) for i in range(4) for name in MAIN[1:]]
+    at_share = {share: [(name, (rate,)) for name, rate in CHOSEN.items()] for share in shares} | {1.0: tried}
     for share in shares:
-        for name, method in chosen(*MAIN).items():
-            if {name, "bellman_distill"} <= step_s.keys():
-                steps = max(1, round(share * STEPS * step_s["bellman_distill"] / step_s[name]))
-                args = {**method.args, "max_steps": steps, "warmup_steps": min(5, steps // 4), "eval_strategy": "no"}
-                num_seeds = NUM_SEEDS if share == 1 else 1
-                found[f"{name}, cost {share:g}"] = replace(method, args=args, num_seeds=num_seeds, keep=share == 1)
+        for name, rates in at_share[share]:
+            for rate in rates:
+                if {name, "bellman_distill"} <= step_s.keys():
+                    row, method = at_rate(name, rate)
+                    steps = max(1, round(share * STEPS * step_s["bellman_distill"] / step_s[name]))
+                    args = {**method.args, "max_steps": steps, "warmup_steps": min(5, steps // 4)}
+                    num_seeds = NUM_SEEDS if share == 1 and rate == CHOSEN.get(name) else 1
+                    found[f"{row}, cost {share:g}"] = replace(
+                        method, args={**args, "eval_strategy": "no"}, num_seeds=num_seeds
+                    )
     return found
+
+
+def frozen() -> dict[str, Method]:
+    """Methods that meet the test sets, by the names of their rows."""
+    rows = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items() if name in FROZEN}
+    candidates = main_table() | {row.removesuffix(", cost 1"): method for row, method in at_equal_cost((1.0,)).items()}
+    return {row: candidates[row] for row in rows}
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from setups import Setup
 
-from tdistill.evaluation.divergence import divergences
+from tdistill.evaluation.divergence import kl_rows
 from tdistill.evaluation.generation import sample_answers
 from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.states import blocks, log_probs, open_head, response_states
 from tdistill.evaluation.text import distinct_bigrams
 from tdistill.types import PromptTokens
 
@@ -18,17 +20,30 @@ TOP_P = 0.8
 
 
 def on_teacher_answers(setup: Setup, model: Any) -> dict[str, list[float]]:
-    """Sums over the tokens of each held-out prompt's answer by the teacher: KL(teacher‖student), loss, tokens."""
-    store = setup.stores["held_out"]
-    rows = [store[i] for i in range(len(store))]
+    """Sums over the tokens of each held-out prompt's answer by the teacher: KL(teacher‖student), loss, tokens.
+
+    The teacher's hidden states are kept between models; only its output head runs again.
+    """
+    pairs = setup.held_out_pairs
     vocab_size = len(setup.tokenizer)
-    total = divergences(setup.teacher.model, {"student": model}, rows, vocab_size=vocab_size)["student"]
-    return {
-        "kl_sum": _rounded(total.kl_teacher_student),
-        "nll_sum": _rounded(total.nll),
-        "agreement_sum": _rounded(total.agreement_top1),
-        "num_tokens": [int(n) for n in total.num_tokens],
-    }
+    heads = [open_head(of, name, vocab_size) for name, of in (("teacher", setup.teacher.model), ("student", model))]
+    sums = {name: np.zeros(len(pairs)) for name in ("kl_sum", "nll_sum", "agreement_sum")}
+    for batch, teacher_ND in setup.held_out_states:
+        states_ND = response_states(model, [pairs[i] for i in batch])
+        taken_N = torch.from_numpy(np.concatenate([pairs[i][1] for i in batch]).astype(np.int64))
+        answer_N = np.repeat(batch, [len(pairs[i][1]) for i in batch])
+        for block in blocks(len(taken_N)):
+            teacher_CV, student_CV = (
+                log_probs(head, of[block], vocab_size) for head, of in zip(heads, (teacher_ND, states_ND), strict=True)
+            )
+            values = {
+                "kl_sum": kl_rows(teacher_CV, student_CV),
+                "nll_sum": -student_CV.gather(1, taken_N[block, None]).squeeze(1),
+                "agreement_sum": (teacher_CV.argmax(-1) == student_CV.argmax(-1)).double(),
+            }
+            for name, value_C in values.items():
+                sums[name] += np.bincount(answer_N[block], weights=value_C.double().numpy(), minlength=len(pairs))
+    return {name: _rounded(of) for name, of in sums.items()} | {"num_tokens": [len(answer) for _, answer in pairs]}
 
 
 def of_answers(

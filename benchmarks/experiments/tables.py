@@ -47,7 +47,7 @@ def experiment_section(path: Path) -> str:
     setups = list(dict.fromkeys(row["setup"] for row in content["rows"]))
     base = [] if name == "e1" else chosen_rows(path.with_name("e1.json"), EXPERIMENTS[name].methods())
     if name == "e8":
-        content["rows"], base = [row for row in base if row["method"] in _UNTRAINED] + content["rows"], []
+        content["rows"], base = cost_rows(path), []
     for rows in [*([row for row in content["rows"] if row["setup"] == setup] for setup in setups), base]:
         if rows and len({row["setup"] for row in [*content["rows"], *base]}) > 1:
             parts += [f"### {rows[0]['setup']}", ""]
@@ -66,6 +66,14 @@ def chosen_rows(path: Path, methods: set[str]) -> _Rows:
     return [row | {"method": plain[row["method"]]} for row in found if row["method"] in plain]
 
 
+def cost_rows(path: Path) -> _Rows:
+    """Rows of equal cost with those of the main table that belong to them: the default's, and the untrained."""
+    main = json.loads(path.with_name("e1.json").read_text())["rows"]
+    ours = f"{_OURS}, learning rate"
+    shared = [row for row in main if row["method"] in _UNTRAINED or row["method"].startswith(ours)]
+    return shared + json.loads(path.read_text())["rows"]
+
+
 def measured(rows: _Rows, metric: str) -> Measured:
     """Rows of one method, a training seed each."""
     found = [row["screening"] for row in rows]
@@ -78,7 +86,8 @@ def measured(rows: _Rows, metric: str) -> Measured:
 def cost_figure(path: Path) -> str:
     """Scores over cost, a line per method."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    rows = _by_method(json.loads(path.read_text())["rows"])
+    chosen = {at_rate(name, rate)[0] for name, rate in CHOSEN.items()}
+    rows = _by_method([row for row in cost_rows(path) if row["method"].split(", cost")[0] in chosen])
     for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, mine in rows.items():

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tdistill.config import Recipe
+from tdistill.evaluation.batching import length_sorted
+from tdistill.evaluation.states import response_states
 from tdistill.pipeline import Run
 from tdistill.store import Store
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer
@@ -73,6 +75,19 @@ class Setup:
         """The tokenizer of teacher and students."""
         _ = self.stores
         return load_tokenizer(self.run.folder / "start")
+
+    @cached_property
+    def held_out_pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Prompt and answer of the held-out split, tokens."""
+        store = self.stores["held_out"]
+        return [(row.prompt_ids, row.response_ids) for row in (store[i] for i in range(len(store)))]
+
+    @cached_property
+    def held_out_states(self) -> list[tuple[np.ndarray, Any]]:
+        """Batches of indices into the pairs, each with the teacher's states before the tokens of its answers."""
+        pairs = self.held_out_pairs
+        batches = length_sorted([len(prompt) + len(answer) for prompt, answer in pairs], 8)
+        return [(batch, response_states(self.teacher.model, [pairs[i] for i in batch])) for batch in batches]
 
     def prompts(self, split: str) -> list[PromptTokens]:
         """Prompts of a split, each once."""
