@@ -61,7 +61,10 @@ METHODS: dict[str, Method] = {
 # What else could become the default: no teacher in memory at a step, and no row of the vocabulary.
 CANDIDATES: dict[str, Method] = {
     "bellman_distill, p 0.3": Method({"objective": CLONING, "p": 0.3, **TOP_P}),
-    "bellman_distill, p 0.5, outside kept": Method({"objective": CLONING, "p": 0.5, "outside": "keep", **TOP_P}),
+    **{
+        f"bellman_distill, p {p:g}, outside kept": Method({"objective": CLONING, "p": p, "outside": "keep", **TOP_P})
+        for p in (0.5, 0.3)
+    },
     "bellman_distill, p 0.8": Method({"objective": CLONING, "p": 0.8, **TOP_P}),
     "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8}),
     # The default has nothing temporal in it (alpha inf is φ the identity); these have, and the second is its twin.

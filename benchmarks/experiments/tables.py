@@ -43,6 +43,7 @@ def experiment_section(path: Path) -> str:
         "column; ≈: its difference to the best has an interval that includes 0. A row of one training seed does not "
         "say how far another training would be, so nothing separates it.",
         "",
+        *_sizes(),
     ]
     setups = list(dict.fromkeys(row["setup"] for row in content["rows"]))
     base = [] if name == "e1" else chosen_rows(path.with_name("e1.json"), EXPERIMENTS[name].methods())
@@ -56,6 +57,18 @@ def experiment_section(path: Path) -> str:
     if name == "e8":
         parts += ["![Scores over cost](figures/cost.svg)", ""]
     return "\n".join(parts)
+
+
+def _sizes() -> list[str]:
+    """Size and speed of the base's teacher and student, if they were measured."""
+    if not (models := times().get("models")):
+        return []
+    shown = [
+        f"the {name} has {of['num_parameters'] / 1e6:.1f} M parameters ({of['weights_bytes'] / 1e6:.0f} MB in float32) "
+        f"and decodes {of['decode_tokens_per_s']:.1f} tokens/s, one answer at a time"
+        for name, of in models.items()
+    ]
+    return [f"At the base's setup, two CPU cores: {'; '.join(shown)}.", ""]
 
 
 def chosen_rows(path: Path, methods: set[str]) -> _Rows:
@@ -173,7 +186,7 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
     against = f"Rouge-L less that of {ours}" if ours else "difference"
     extra = ["steps", "cost, s", "with capture, s"] if costs else []
-    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against]
+    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against, "share of the teacher's Rouge-L"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
     for name in sorted(methods, key=lambda name: (name not in _UNTRAINED, -values["rouge_l"][name].value)):
@@ -186,7 +199,12 @@ def _table(rows: _Rows, costs: Any = None) -> str:
         if ours and name != ours:
             point = values["rouge_l"][name].value - values["rouge_l"][ours].value
             gap = _shown(percentile_interval(point, draws["rouge_l"][name] - draws["rouge_l"][ours], _LEVEL), "+")
-        lines.append([name, *cells, gap])
+        share = "–"
+        if "teacher" in methods:
+            point = values["rouge_l"][name].value / values["rouge_l"]["teacher"].value
+            of_draws = draws["rouge_l"][name] / draws["rouge_l"]["teacher"]
+            share = _shown(percentile_interval(point, of_draws, _LEVEL), "", ".1%")
+        lines.append([name, *cells, gap, share])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -210,7 +228,9 @@ def _best_of_ours(methods: dict[str, _Rows]) -> str | None:
     return max(own, key=lambda name: (len(methods[name]), measured(methods[name], "rouge_l").value), default=None)
 
 
-def _shown(interval: Interval, sign: str = "") -> str:
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:{sign}.4f}"
-    return f"{interval.value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+def _shown(interval: Interval, sign: str = "", digits: str = ".4f") -> str:
+    value, *ends = (
+        "" if number is None else format(number, sign + digits)
+        for number in (interval.value, interval.low, interval.high)
+    )
+    return f"{value} [{', '.join(ends)}]" if all(ends) else value
