@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from builders import tiny_llama
+
+from tdistill.evaluation.divergence import divergences
+from tdistill.types import ActionSets, Trajectory
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,12 +27,13 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
     import finals
     import plan
+    import scores
     import tables
 
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
     monkeypatch.setattr(plan, "CHOSEN", {"bellman_distill": 3e-4, "minillm": 5e-5})
-    yield type("Modules", (), {"plan": plan, "finals": finals, "tables": tables})
+    yield type("Modules", (), {"plan": plan, "finals": finals, "scores": scores, "tables": tables})
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -116,3 +122,23 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert [cell.split()[0] for cell in other[5:8]] == ["-0.0100"] * 3 and ours[5] == "–"
     low, high = (float(end.strip("[],")) for end in other[7].split()[1:])
     assert low < -0.01 < high
+
+
+def test_scores_on_teacher_answers_are_the_sums_of_divergences(modules):
+    random, teacher, student = np.random.default_rng(0), tiny_llama(seed=0), tiny_llama(seed=1)
+    none = ActionSets(*(np.zeros(20, dtype) for dtype in ("i8", "i4", "f4", "f4", "f4")))
+    answers = [
+        Trajectory(
+            str(i), 0, random.integers(1, 48, 3 + i), random.integers(1, 48, 5 + i), "truncated", "teacher", none
+        )
+        for i in range(10)
+    ]
+    setup = SimpleNamespace(tokenizer=range(48), teacher=SimpleNamespace(model=teacher), stores={"held_out": answers})
+    setup.held_out_pairs = modules.scores.Setup.held_out_pairs.func(setup)
+    setup.held_out_states = modules.scores.Setup.held_out_states.func(setup)
+    expected = divergences(teacher, {"student": student}, answers, vocab_size=48)["student"]
+    found = modules.scores.on_teacher_answers(setup, student)
+    np.testing.assert_allclose(found["kl_sum"], expected.kl_teacher_student, rtol=1e-4)
+    np.testing.assert_allclose(found["nll_sum"], expected.nll, rtol=1e-4)
+    assert found["agreement_sum"] == expected.agreement_top1.tolist()
+    assert found["num_tokens"] == expected.num_tokens.tolist()

@@ -175,13 +175,13 @@ def write(name: str, setup: Setup, rows: list[dict[str, Any]]) -> None:
 def measure_times(experiments: Experiments) -> None:
     """Write what a step of each method costs, and a captured token, with nothing else running."""
     setup = experiments.setup(BASE)
-    teacher = setup.teacher
+    teacher, identity, capture_args = setup.teacher, setup.stores["train"].manifest["identity"], setup.recipe.capture
+    prompts_to_ask = setup.prompts("train")[: 2 * capture_args.batch_size]
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        identity, capture_args = setup.stores["train"].manifest["identity"], setup.recipe.capture
         store = capture_store(
             teacher,
-            setup.prompts("train")[: 2 * capture_args.batch_size],
+            prompts_to_ask,
             scratch,
             capture_args.sampling(),
             batch_size=capture_args.batch_size,
