@@ -128,9 +128,7 @@ def test_scores_on_teacher_answers_are_the_sums_of_divergences(modules):
     random, teacher, student = np.random.default_rng(0), tiny_llama(seed=0), tiny_llama(seed=1)
     none = ActionSets(*(np.zeros(20, dtype) for dtype in ("i8", "i4", "f4", "f4", "f4")))
     answers = [
-        Trajectory(
-            str(i), 0, random.integers(1, 48, 3 + i), random.integers(1, 48, 5 + i), "truncated", "teacher", none
-        )
+        Trajectory(str(i), 0, *(random.integers(1, 48, n + i) for n in (3, 5)), "truncated", "teacher", none)
         for i in range(10)
     ]
     setup = SimpleNamespace(tokenizer=range(48), teacher=SimpleNamespace(model=teacher), stores={"held_out": answers})
