@@ -66,7 +66,7 @@ CANDIDATES: dict[str, Method] = {
         for p in (0.5, 0.3)
     },
     "bellman_distill, p 0.8": Method({"objective": CLONING, "p": 0.8, **TOP_P}),
-    "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8}),
+    "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8, "off_support_target": "teacher"}),
     # The default has nothing temporal in it (alpha inf is φ the identity); these have, and the second is its twin.
     **{
         f"bellman_distill, alpha 10, gamma {gamma:g}": Method(

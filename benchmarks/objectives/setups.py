@@ -171,7 +171,8 @@ def tiny(data: Path, work: Path) -> Setup:
                      "response_tokens_per_batch": 1024, "warmup_steps": 20},
         # The vocabulary has 105 tokens, so the exact tail costs less than sampled negatives.
         second_phase={**COMMON, "max_steps": 60, "learning_rate": 1e-3, "response_tokens_per_batch": 512,
-                      "warmup_steps": 5, "p": 0.95, "off_support": "tail"},
+                      "warmup_steps": 5, "p": 0.95, "off_support": "tail",
+                      "off_support_target": "teacher"},
         rollouts={"every": 20, "prompts_per_round": 64, "share": 0.5, "replay": 0.5, "batch_size": 64},
         seeds=tuple(range(10)),
         random_start=random_start,
@@ -215,7 +216,7 @@ def real(data: Path, work: Path) -> Setup:
         first_phase={**COMMON, "objective": "sft", "max_steps": 40, "learning_rate": 5e-4,
                      "response_tokens_per_batch": 512, "warmup_steps": 5},
         second_phase={**COMMON, "max_steps": 30, "learning_rate": 3e-4, "response_tokens_per_batch": 512,
-                      "warmup_steps": 3},
+                      "warmup_steps": 3, "off_support_target": "teacher"},
         rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
         seeds=(0, 1, 2),
         reference_texts=True,

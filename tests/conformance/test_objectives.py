@@ -86,7 +86,7 @@ LOSSES: dict[str, Loss] = {
     for name, cls in OBJECTIVES.items()
     for index, fields in enumerate(SETTINGS.get(name, [{}]))
 } | {
-    f"off_support-{kind}": OffSupport(kind, weight=0.7)
+    f"off_support-{kind}": OffSupport(kind, weight=0.7, target="teacher")
     for kind in get_args(get_type_hints(OffSupport)["kind"])
     if kind != "none"
 }

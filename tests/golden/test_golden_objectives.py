@@ -83,8 +83,8 @@ CASES = {
     "forward_kl": ForwardKL(),
     "gkd on the set": GKD(source="set"),
     "minillm": MiniLLM(),
-    "off_support tail": OffSupport("tail"),
-    "off_support union half": OffSupport("union", weight=0.5),
+    "off_support tail": OffSupport("tail", target="teacher"),
+    "off_support union half": OffSupport("union", weight=0.5, target="teacher"),
 }
 
 

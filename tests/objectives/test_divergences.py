@@ -173,7 +173,7 @@ def test_forward_kl_of_set_and_tail_is_the_truncated_first_order_term_and_the_ta
     # The weight Z belongs to each row, so rows are taken one at a time.
     for row in torch.nonzero(other.has_action_N).flatten():
         one = replace(other, has_action_N=torch.arange(len(mass)) == row)
-        (mass[row] * IQLearn()(one).loss + OffSupport("tail")(one).loss).backward()
+        (mass[row] * IQLearn()(one).loss + OffSupport("tail", target="teacher")(one).loss).backward()
     torch.testing.assert_close(stats.q_M.grad, other.q_M.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(stats.log_normaliser_N.grad, other.log_normaliser_N.grad, rtol=1e-10, atol=1e-12)
 

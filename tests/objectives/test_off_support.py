@@ -23,14 +23,14 @@ from tdistill.training.metrics import set_tail_kl
 def test_term_is_the_binary_cross_entropy(kind, weight):
     for seed in range(5):
         episodes = random_episodes(seed)
-        found = float(OffSupport(kind, weight)(pack(episodes)).loss)
+        found = float(OffSupport(kind, weight, "teacher")(pack(episodes)).loss)
         assert found == pytest.approx(weight * losses.off_support(episodes), rel=1e-9, abs=1e-12)
 
 
 def test_by_hand():
     # Teacher mass ¾ on the set; student: log 2 of log 4, so half of it: −¾ log ½ − ¼ log ½ = log 2.
     state = losses.State(np.array([0.0, 0.0]), np.log([0.5, 0.25]), taken=1, normaliser=math.log(4))
-    result = OffSupport("tail")(pack([losses.Episode([state], "terminal")]))
+    result = OffSupport("tail", target="teacher")(pack([losses.Episode([state], "terminal")]))
     assert float(result.loss) == pytest.approx(math.log(2))
     assert [float(x) for x in result.metrics["mass_outside_tail"]] == pytest.approx([0.5, 1.0])
 
@@ -39,7 +39,7 @@ def test_a_teachers_mass_above_1_counts_as_1():
     """Stored log-probabilities are rounded, so those of a set that is the whole support can add up to more."""
     # The student's mass inside is 2 of 8: −log ¼.
     state = losses.State(np.zeros(2), np.log([0.6, 0.4006]), taken=1, normaliser=math.log(8))
-    loss = OffSupport("tail")(pack([losses.Episode([state], "terminal")])).loss
+    loss = OffSupport("tail", target="teacher")(pack([losses.Episode([state], "terminal")])).loss
     assert float(loss) == pytest.approx(math.log(4), rel=1e-12)
 
 
@@ -50,7 +50,7 @@ def test_least_where_the_student_has_the_teachers_mass_on_the_set():
         # Logits (0, 0): the mass inside is 2 / exp(normaliser).
         state = losses.State(np.zeros(2), teacher, taken=0, normaliser=math.log(2 / inside))
         stats = with_leaves(pack([losses.Episode([state], "terminal")]))
-        OffSupport("tail")(stats).loss.backward()
+        OffSupport("tail", target="teacher")(stats).loss.backward()
         slope = float(gradients(stats)["log_normaliser_N"])
         assert slope == pytest.approx(0.0, abs=1e-9) if sign == 0 else slope * sign > 0.1
 
@@ -64,7 +64,7 @@ def test_with_the_expected_first_order_it_is_set_and_tail_forward_kl(seed):
     first_order = float(IQLearn(alpha=math.inf, first_order="expected")(stats).loss)
     outcomes = np.append(np.exp(state.teacher_log_probs), 1 - covered)
     entropy = -float(np.sum(outcomes * np.log(outcomes)))
-    found = covered * first_order + float(OffSupport("tail")(stats).loss)
+    found = covered * first_order + float(OffSupport("tail", target="teacher")(stats).loss)
     assert found == pytest.approx(losses.set_tail_kl(state) + entropy, rel=1e-10)
     assert found == pytest.approx(float(set_tail_kl(stats)) + entropy, rel=1e-10)
 
@@ -86,7 +86,7 @@ def test_finite_where_the_set_is_the_whole_support(dtype, excess):
     """P = 1 up to rounding on either side gives a finite term and gradient."""
     state = losses.State(np.array([1.0, 2.0]), np.log([0.6, 0.3]), taken=0, normaliser=np.logaddexp(1.0, 2.0) - excess)
     stats = with_leaves(pack([losses.Episode([state], "terminal")], dtype))
-    loss = OffSupport("union")(stats).loss
+    loss = OffSupport("union", target="teacher")(stats).loss
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in gradients(stats).values())
@@ -101,7 +101,7 @@ def test_a_confident_student_is_pushed_outwards_until_its_outside_mass_is_roundi
     outer = torch.tensor(math.log(outside), dtype=torch.float64, requires_grad=True)
     state = losses.State(np.array([float(inside)]), np.log([0.9]), taken=0)
     stats = replace(pack([losses.Episode([state], "terminal")]), log_normaliser_N=torch.logaddexp(inside, outer)[None])
-    OffSupport("tail")(stats).loss.backward()
+    OffSupport("tail", target="teacher")(stats).loss.backward()
     assert float(outer.grad) == pytest.approx(0.9 - (1 - outside) if pushes else 0.0, rel=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_gradients_through_the_kernel_in_float32(outside, tolerance):
             support="vocabulary",
         )
         stats = replace(template, log_prob_teacher_M=template.log_prob_teacher_M.to(dtype), **fields)
-        OffSupport("tail")(stats).loss.backward()
+        OffSupport("tail", target="teacher")(stats).loss.backward()
         return leaf.grad.double()
 
     exact, found = gradient(torch.float64), gradient(torch.float32)

@@ -163,7 +163,8 @@ def test_the_logged_loss_of_sft_is_the_cross_entropy_per_response_token(make_tra
     assert trainer.state.num_input_tokens_seen == count
 
 
-def test_the_logged_loss_of_iq_learn_is_its_formula_per_response_token(make_trainer, tiny_stores, load_start):
+@pytest.mark.parametrize("target", ["set", "teacher"])
+def test_the_logged_loss_of_iq_learn_is_its_formula_per_response_token(make_trainer, tiny_stores, load_start, target):
     """Written from arXiv 2505.20335 (§3, §4) with V_p(s) = v(s), step by step, from dense logits."""
     p, alpha, gamma, weight = 0.7, 2.0, 0.9, 0.5
     store, rows = tiny_stores["train"], ALL_PARTS
@@ -174,6 +175,7 @@ def test_the_logged_loss_of_iq_learn_is_its_formula_per_response_token(make_trai
         p=p,
         off_support="tail",
         off_support_weight=weight,
+        off_support_target=target,
         max_steps=1,
     )
     disturb_value_head(trainer.model)
@@ -199,7 +201,8 @@ def test_the_logged_loss_of_iq_learn_is_its_formula_per_response_token(make_trai
             next_value = 0.0 if last and trajectory.ends == "terminal" else values[step + 1]
             reward = log_projected[ids.tolist().index(token)] + values[step] - gamma * next_value
             first_order = (teacher / teacher.sum() * log_projected).sum()
-            tail = teacher.sum() * np.log(student.sum()) + (1 - teacher.sum()) * np.log1p(-student.sum())
+            mass = 1.0 if target == "set" else teacher.sum()
+            tail = mass * np.log(student.sum()) + (1 - mass) * np.log1p(-student.sum())
             total += -first_order + reward**2 / (4 * alpha) - weight * tail
             count += 1
     assert dropped > 0

@@ -38,7 +38,7 @@ class OffSupport:
 
     kind: Literal["none", "union", "negatives", "tail"] = "negatives"
     weight: float = 1.0
-    target: Literal["teacher", "set"] = "teacher"
+    target: Literal["teacher", "set"] = "set"
 
     def __post_init__(self) -> None:
         if self.weight < 0:

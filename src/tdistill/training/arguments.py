@@ -33,7 +33,7 @@ class TDistillConfig(TrainingArguments):
         off_support: pressure outside the sets, used by objectives on sets only: ``none``, ``union``, ``negatives`` or
             ``tail``.
         off_support_weight: factor on it.
-        off_support_target: mass that it asks for on the set: the ``teacher``'s own, or all of it (``set``).
+        off_support_target: mass that it asks for on the set: all of it (``set``), or the ``teacher``'s own.
         response_tokens_per_batch: response tokens of one micro-batch and process, on average.
         text_weight: factor on the language-modelling term on plain text (J_PT), used with ``text_dataset``.
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
@@ -50,7 +50,7 @@ class TDistillConfig(TrainingArguments):
     outside: Literal["drop", "keep"] = "drop"
     off_support: Literal["none", "union", "negatives", "tail"] = "negatives"
     off_support_weight: float = 1.0
-    off_support_target: Literal["teacher", "set"] = "teacher"
+    off_support_target: Literal["teacher", "set"] = "set"
     response_tokens_per_batch: int = 1024
     text_weight: float = 1.0
     text_sequences_per_batch: int = 2
