@@ -51,7 +51,7 @@ class Claims:
 
 # All layers of the teacher, scored and healed on people's answers: a teacher fine-tuned as in the paper, for one epoch.
 FINE_TUNED = Claims(
-    name="teacher", p_max=1.0, layers=30, num_train=2000, mode="score", healing_steps=230, healing_rate=1e-4
+    name="teacher", p_max=1.0, layers=30, num_train=1200, mode="score", healing_steps=140, healing_rate=1e-4
 )
 
 
@@ -109,6 +109,7 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
         rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
         seeds=(0, 1, 2),
         reference_texts=True,
+        same_answers=work / "claims" / "base" / "run" if replace(what, name="base", layers=15) == Claims() else None,
         facts={"teacher": TEACHER + (", fine-tuned on references" if fine_tuned else ""),
                "student": f"{what.layers} of its layers",
                "prompts": f"{what.num_train} of {what.train}, at most {MAX_PROMPT_TOKENS} GPT-2 tokens",

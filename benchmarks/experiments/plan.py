@@ -202,8 +202,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "e6": Experiment(
         "Answers to a prompt",
+        # With 1,000 prompts the training does not even see one answer of each.
         dict.fromkeys(
-            [replace(BASE, name=f"answers-{n}", answers_per_prompt=n) for n in (2, 4)],
+            [replace(BASE, name=f"answers-{n}", num_train=250, answers_per_prompt=n) for n in (1, 2, 4)],
             chosen("bellman_distill", "seqkd"),
         ),
     ),

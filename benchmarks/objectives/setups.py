@@ -40,6 +40,7 @@ class Setup:
         seeds: training seeds; each has its own start, first phase and order of batches.
         random_start: makes the untrained student of a seed, or None: the recipe's pruned start is every seed's.
         reference_texts: whether the prompts come with answers by people.
+        same_answers: folder of another run that asks the teacher the same; its stores are copied if they are there.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Setup:
     seeds: tuple[int, ...]
     random_start: Callable[[int], Any] | None = None
     reference_texts: bool = False
+    same_answers: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -62,6 +64,10 @@ class Setup:
     def stores(self) -> dict[str, Store]:
         """Stores of the three splits, captured if they are not there."""
         if not all((self.run.store_path(split) / "manifest.json").is_file() for split in SPLITS):
+            for split in SPLITS if self.same_answers else ():
+                source, target = self.same_answers / "store" / split, self.run.store_path(split)
+                if (source / "manifest.json").is_file() and not target.exists():
+                    shutil.copytree(source, target)
             self.run.capture()
         return {split: Store.open(self.run.store_path(split)) for split in SPLITS}
 

@@ -55,8 +55,8 @@ def comparison_section(path: Path) -> str:
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
             "unless the row names another. Means over seeds with 95 % intervals (Student's t) where there are several; "
             "the differences are paired by seed, so read a row of one seed by them. Held-out prompts unless a column "
-            "says dev; divergences and losses in nats per token. Off-support control asks for the teacher's own mass on "
-            "the sets (`off_support_target: teacher`).",
+            "says dev; divergences and losses in nats per token. Off-support control asks for the teacher's own mass "
+            "on the sets (`off_support_target: teacher`).",
             "",
             f"Before the second phase: {start}.",
             "",
