@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import cost_figure, experiment_section, tests_section
+from tables import cost_figure, experiment_section, paper_section, tests_section
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -59,7 +59,7 @@ def page() -> str:
             parts.append(experiment_section(path))
     tests = RESULTS / "experiments" / "tests.json"
     if tests.is_file():
-        parts.append(tests_section(tests))
+        parts += [tests_section(tests), paper_section(RESULTS / "experiments" / "paper.json", tests)]
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())

@@ -124,6 +124,27 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert low < -0.01 < high
 
 
+def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
+    names = ("bellman_distill, learning rate 0.0003", "bellman_distill, p 0.3", "seqkd, learning rate 0.0003, cost 1")
+    scores = dict(zip(names, (0.2, 0.9, 0.1), strict=True))
+    rows = [
+        look(name, 0, test_set, 10, "", [score, score + 0.02])
+        for name, score in scores.items()
+        for test_set in ("dolly", "selfinst", "vicuna")
+    ]
+    (tmp_path / "tests.json").write_text(json.dumps({"rows": rows}))
+    paper = ROOT / "benchmarks" / "results" / "experiments" / "paper.json"
+    lines = modules.tables.paper_section(paper, tmp_path / "tests.json").splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ") for line in lines if line.startswith("|")}
+    assert cells["Bellman Distill"][1:] == [
+        "24.7 / 13.3 / 16.2",
+        "25.1 / 11.4 / 14.8",
+        "27.8 / 19.5 / 20.7",
+        "21.0 / 21.0 / 21.0",
+    ]
+    assert cells["SeqKD"][-1] == "11.0 / 11.0 / 11.0" and cells["MiniLLM"][-1] == "–"
+
+
 def test_scores_on_teacher_answers_are_the_sums_of_divergences(modules):
     random, teacher, student = np.random.default_rng(0), tiny_llama(seed=0), tiny_llama(seed=1)
     none = ActionSets(*(np.zeros(20, dtype) for dtype in ("i8", "i4", "f4", "f4", "f4")))

@@ -80,10 +80,11 @@ CANDIDATES: dict[str, Method] = {
 }
 METHODS |= CANDIDATES
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
-# Three learning rates for each main method, searched at equal cost with one training seed. Where the best is at an end,
-# one more beyond it.
+# Three learning rates for each main method, searched at equal cost with one training seed; the third lies beyond the
+# better of the first two. Where the best of three is at an end, one more beyond it.
 RATES = dict.fromkeys(MAIN, (1e-4, 3e-4, 1e-3)) | {
     "bellman_distill": (3e-4, 1e-3, 1e-4),
+    "forward_kl": (1e-4, 3e-4, 3e-5),
     "minillm": (5e-5, 2e-4, 1e-5),
 }
 # The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. What is frozen
