@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
 }
 # What else could become the default: no teacher in memory at a step, and no row of the vocabulary.
 CANDIDATES: dict[str, Method] = {
-    "bellman_distill, p 0.3": Method({"objective": CLONING, "p": 0.3, **TOP_P}),
+    **{f"bellman_distill, p {p:g}": Method({"objective": CLONING, "p": p, **TOP_P}) for p in (0.3, 0.1)},
     **{
         f"bellman_distill, p {p:g}, outside kept": Method({"objective": CLONING, "p": p, "outside": "keep", **TOP_P})
         for p in (0.5, 0.3)
@@ -84,7 +84,6 @@ MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "m
 # better of the first two. Where the best of three is at an end, one more beyond it.
 RATES = dict.fromkeys(MAIN, (1e-4, 3e-4, 1e-3)) | {
     "bellman_distill": (3e-4, 1e-3, 1e-4),
-    "forward_kl": (1e-4, 3e-4, 3e-5),
     "minillm": (5e-5, 2e-4, 1e-5),
 }
 # The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. What is frozen
