@@ -88,7 +88,7 @@ RATES = dict.fromkeys(MAIN, (1e-4, 3e-4, 1e-3)) | {
 }
 # The rates with the highest Rouge-L to references on the screening prompts, which are of the dev file. What is frozen
 # at a rate goes on from here; a method that is not here has not been chosen for yet.
-CHOSEN: dict[str, float] = {}
+CHOSEN: dict[str, float] = {"bellman_distill": 3e-4, "sft on references": 3e-4, "seqkd": 3e-4}
 NUM_SEEDS = 3
 # Methods whose students at equal cost meet the test sets. Nothing is changed after that.
 FROZEN: tuple[str, ...] = ()
