@@ -46,7 +46,7 @@ def write_times(plan: Any, **step_s: float) -> None:
 def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_steps(modules):
     assert modules.plan.at_equal_cost() == {}  # nothing is measured yet
     write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
-    methods = modules.plan.at_equal_cost((1.0, 0.5))
+    methods = modules.plan.at_equal_cost()
     steps = {name: method.args["max_steps"] for name, method in methods.items()}
     # Cost 1 of the default is a row of the main table; of the others it has every rate.
     assert steps == {
@@ -55,9 +55,13 @@ def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_ste
         "minillm, learning rate 1e-05, cost 1": 20,
         "bellman_distill, learning rate 0.0003, cost 0.5": 40,
         "minillm, learning rate 5e-05, cost 0.5": 10,
+        "bellman_distill, learning rate 0.0003, cost 0.25": 20,
+        "minillm, learning rate 5e-05, cost 0.25": 5,
+        "bellman_distill, learning rate 0.0003, cost 2": 160,
+        "minillm, learning rate 5e-05, cost 2": 40,
     }
     assert methods["minillm, learning rate 0.0002, cost 1"].args["learning_rate"] == 2e-4
-    assert [method.num_seeds for method in methods.values()] == [3, 1, 1, 1, 1]
+    assert [method.num_seeds for method in methods.values()] == [3] + [1] * 8
 
 
 def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):

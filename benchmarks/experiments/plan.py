@@ -133,34 +133,30 @@ def times() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {"step_s": {}}
 
 
-def at_equal_cost(shares: tuple[float, ...] = (1.0, 0.5, 0.25, 2.0)) -> dict[str, Method]:
+def at_equal_cost() -> dict[str, Method]:
     """Methods with as many steps as the cost of the default's steps, or a share of it, pays for.
 
     At cost 1 every rate, and all training seeds of the chosen one, whose students meet the test sets; there the default
     has the rows of the main table. At other shares the chosen rates. What is not measured or chosen yet is left out.
     """
     step_s, found = times()["step_s"], {}
-    tried = [(name, RATES[name][i : i + 1]) for i in range(4) for name in MAIN[1:]]
-    at_share = {share: [(name, (rate,)) for name, rate in CHOSEN.items()] for share in shares} | {1.0: tried}
-    for share in shares:
-        for name, rates in at_share[share]:
-            for rate in rates:
-                if {name, "bellman_distill"} <= step_s.keys():
-                    row, method = at_rate(name, rate)
-                    steps = max(1, round(share * STEPS * step_s["bellman_distill"] / step_s[name]))
-                    args = {**method.args, "max_steps": steps, "warmup_steps": min(5, steps // 4)}
-                    num_seeds = NUM_SEEDS if share == 1 and rate == CHOSEN.get(name) else 1
-                    found[f"{row}, cost {share:g}"] = replace(
-                        method, args={**args, "eval_strategy": "no"}, num_seeds=num_seeds
-                    )
+    wanted = [(1.0, name, RATES[name][i]) for i in range(4) for name in MAIN[1:] if i < len(RATES[name])]
+    wanted += [(share, name, rate) for share in (0.5, 0.25, 2.0) for name, rate in CHOSEN.items()]
+    for share, name, rate in wanted:
+        if {name, "bellman_distill"} <= step_s.keys():
+            row, method = at_rate(name, rate)
+            steps = max(1, round(share * STEPS * step_s["bellman_distill"] / step_s[name]))
+            args = {**method.args, "max_steps": steps, "warmup_steps": min(5, steps // 4), "eval_strategy": "no"}
+            num_seeds = NUM_SEEDS if share == 1 and rate == CHOSEN.get(name) else 1
+            found[f"{row}, cost {share:g}"] = replace(method, args=args, num_seeds=num_seeds)
     return found
 
 
 def frozen() -> dict[str, Method]:
     """Methods that meet the test sets, by the names of their rows."""
-    rows = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items() if name in FROZEN}
-    candidates = main_table() | {row.removesuffix(", cost 1"): method for row, method in at_equal_cost((1.0,)).items()}
-    return {row: candidates[row] for row in rows}
+    at_cost, main = at_equal_cost(), main_table()
+    rows = {name: at_rate(name, CHOSEN[name])[0] for name in FROZEN}
+    return {row: main[row] if name == MAIN[0] else at_cost[f"{row}, cost 1"] for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
