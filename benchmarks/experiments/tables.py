@@ -167,9 +167,10 @@ def paper_section(path: Path, tests: Path) -> str:
             "## Beside the paper's figures",
             "",
             f"{paper['source']} (`{path}`); here from `{tests}`. Rouge-L to references, in percent: "
-            f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 to 6 "
-            "times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers of at most 64 "
-            "tokens, minutes of training on two CPU cores at equal cost, the chat template in place of Alpaca's. "
+            f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
+            "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
+            "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
+            "Alpaca's. "
             "Compare the order of a column's rows, not the numbers of two columns.",
             "",
             "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
