@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# Large tensors stay with the process: see docs/performance.md.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 .PHONY: demo test test-slow lint bench bench-objectives bench-performance experiments format results clean
 
 demo: .venv/.demo
-	$(BIN)/tdistill demo
+	$(KEEP_MEMORY) $(BIN)/tdistill demo
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto

@@ -1,6 +1,7 @@
 """Train and measure what the experiments ask for, one unit (a method, a seed) after another.
 
     python benchmarks/experiments e1 e5       # these; without names all of them
+    python benchmarks/experiments e8 --only "cost 1"  # of these, the rows whose name contains this
     python benchmarks/experiments --estimate  # only say how long it would take
     python benchmarks/experiments --times     # only measure what a step and a captured token cost
     python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
@@ -11,6 +12,7 @@ Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -26,7 +28,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
 import finals
 from claims import FINE_TUNED, Claims, claims, references_of
-from plan import BASE, EXPERIMENTS, METHODS, RESULTS, SCREENING_SEEDS, STEPS, Method, times
+from plan import (
+    BASE,
+    EXPERIMENTS,
+    MAIN,
+    METHODS,
+    RESULTS,
+    SCREENING_SEEDS,
+    START_OF_TESTS,
+    STEPS,
+    Method,
+    frozen,
+    times,
+)
 from scores import screening
 from setups import Setup
 from training import StepTimes, train
@@ -39,7 +53,11 @@ from tdistill.teachers.loading import load_causal_lm
 
 # Tokens per second on two cores, for the estimate of units that were never run: training on answers without and with a
 # teacher in memory (prompts not counted), and generation.
-TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 100.0, 50.0, 120.0
+TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 250.0, 180.0, 160.0
+TIMED_ROUNDS = 3
+# Without these, glibc gives each large tensor back to the system and asks for it again, page by page. The methods that
+# allocate most would then cost more than they do where memory is kept, as on any GPU.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 class Experiments:
@@ -72,6 +90,8 @@ class Experiments:
         """Train one unit and measure it."""
         started, setup = time.perf_counter(), self.setup(what)
         trainer, measured_times = self.train(what, method, seed)
+        if what == BASE and name in frozen():
+            self.keep(trainer.model, name, seed)
         curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model = trainer.model.eval()
@@ -88,18 +108,28 @@ class Experiments:
             "seconds": time.perf_counter() - started,
         }
 
-    def load(self, name: str, method: Method | None, seed: int) -> Any:
+    def load(self, name: str, method: Method | None, seed: int, dtype: str) -> Any:
         """The teacher, the healed start or a student of the base, which is trained once and kept."""
         if name == "teacher":
-            return self.setup(BASE).teacher.model
+            return copy.deepcopy(self.setup(BASE).teacher.model).to(getattr(torch, dtype))
         folder = self.healed(BASE)
         if method is not None:
-            folder = folder.parent / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            folder = self.student_folder(name, seed)
             if not folder.is_dir():
-                partial = folder.with_name(f".{folder.name}.partial")
-                self.train(BASE, method, seed)[0].model.save_pretrained(partial)
-                partial.rename(folder)
-        return load_causal_lm(folder, dtype="float32").eval()
+                self.keep(self.train(BASE, method, seed)[0].model, name, seed)
+        return load_causal_lm(folder, dtype=dtype)
+
+    def student_folder(self, name: str, seed: int) -> Path:
+        """Folder of a student that meets the test sets."""
+        return self.work / "claims" / BASE.name / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+    def keep(self, model: Any, name: str, seed: int) -> None:
+        """Write a student, whole or not at all."""
+        folder = self.student_folder(name, seed)
+        if not folder.is_dir():
+            partial = folder.with_name(f".{folder.name}.partial")
+            model.save_pretrained(partial)
+            partial.rename(folder)
 
     def step_s(self, what: Claims, method: Method) -> float:
         """Seconds per step with nothing else running: the median of six, or the mean over one round of own answers."""
@@ -108,9 +138,10 @@ class Experiments:
         return measured_times.median_s if method.rollouts is None else measured_times.mean_s
 
     def untrained(self, what: Claims, name: str) -> dict[str, Any]:
-        """The healed start or the teacher, measured like a unit."""
+        """The healed start, also as it answers in the test sets' dtype, or the teacher, measured like a unit."""
         started, setup = time.perf_counter(), self.setup(what)
-        model = setup.teacher.model if name == "teacher" else load_causal_lm(self.healed(what), dtype="float32").eval()
+        dtype = finals.DTYPE if name == START_OF_TESTS else "float32"
+        model = setup.teacher.model if name == "teacher" else load_causal_lm(self.healed(what), dtype=dtype)
         return {"setup": what.name, "method": name, "seed": 0, "screening": screening(setup, model, SCREENING_SEEDS),
                 "seconds": time.perf_counter() - started}  # fmt: skip
 
@@ -122,6 +153,8 @@ def units(name: str) -> Iterator[tuple[Claims, str, Method | None, int]]:
         if methods and (what != BASE or name == "e1"):  # e1 has those of the base
             yield what, "start", None, 0
             yield what, "teacher", None, 0
+        if methods and name == "e1":
+            yield what, START_OF_TESTS, None, 0
     for seed in range(max((method.num_seeds for methods in groups.values() for method in methods.values()), default=0)):
         for what, methods in groups.items():
             for key, method in methods.items():
@@ -135,19 +168,19 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
 
-def missing(name: str) -> list[tuple[Claims, str, Method | None, int]]:
-    """Units without a row."""
+def missing(name: str, only: str = "") -> list[tuple[Claims, str, Method | None, int]]:
+    """Units without a row, of those whose method's name contains ``only``."""
     done = {(row["setup"], row["method"], row["seed"]) for row in read(name)["rows"]}
-    return [unit for unit in units(name) if (unit[0].name, unit[1], unit[3]) not in done]
+    return [unit for unit in units(name) if only in unit[1] and (unit[0].name, unit[1], unit[3]) not in done]
 
 
-def estimate_s(name: str) -> float:
+def estimate_s(name: str, only: str = "") -> float:
     """Seconds that the missing units of an experiment take: as long as their like, or by the rates above."""
     known: dict[str, list[float]] = {}
     for row in read(name)["rows"]:
         known.setdefault(row["method"], []).append(row["seconds"])
     total = 0.0
-    for _, key, method, _ in missing(name):
+    for _, key, method, _ in missing(name, only):
         measuring = 200 * len(SCREENING_SEEDS) * 50 / GENERATED_PER_S
         if key in known:
             total += float(np.median(known[key]))
@@ -200,14 +233,17 @@ def measure_times(experiments: Experiments) -> None:
         }
         for name, model in models.items()
     }
-    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "models": sizes,
-                             "train_response_tokens": setup.stores["train"].total_response_tokens,
-                             "captured": captured, "step_s": times()["step_s"]}  # fmt: skip
-    for name, method in METHODS.items():
-        if name not in found["step_s"]:
-            found["step_s"][name] = experiments.step_s(BASE, method)
-            write_atomically(RESULTS / "times.json", json.dumps(found, indent=1) + "\n")
-            print(f"{name}: {found['step_s'][name]:.2f} s a step", flush=True)
+    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "allocator": ALLOCATOR,
+                             "models": sizes, "train_response_tokens": setup.stores["train"].total_response_tokens,
+                             "captured": captured, "step_s": {}, "rounds_s": times().get("rounds_s", {})}  # fmt: skip
+    # One method after another, and that again: a machine that slows down meanwhile slows down all of them.
+    for _ in range(TIMED_ROUNDS - min((len(r) for r in found["rounds_s"].values()), default=0)):
+        for name in (*MAIN, "forward_kl, store"):
+            rounds = found["rounds_s"].setdefault(name, [])
+            rounds.append(experiments.step_s(BASE, METHODS[name]))
+            print(f"{name}: {rounds[-1]:.2f} s a step", flush=True)
+        found["step_s"] = {name: float(np.median(rounds)) for name, rounds in found["rounds_s"].items()}
+        write_atomically(RESULTS / "times.json", json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
@@ -216,6 +252,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; default: all")
     parser.add_argument("--data", type=Path, default=os.environ.get("TDISTILL_DATA"), help="default: TDISTILL_DATA")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--times", action="store_true", help="only measure seconds per step, nothing else running")
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
@@ -225,7 +262,11 @@ def main() -> None:
     looks = len(finals.missing()) if "tests" in names else 0
     names = [name for name in names if name != "tests"]
     for name in names:
-        print(f"{name}: {len(missing(name))} units left, about {estimate_s(name) / 3600:.1f} h", flush=True)
+        print(
+            f"{name}: {len(missing(name, options.only))} units left, about "
+            f"{estimate_s(name, options.only) / 3600:.1f} h",
+            flush=True,
+        )
     if looks:
         print(f"tests: {looks} looks left, a few minutes each", flush=True)
     if options.estimate:
@@ -239,10 +280,9 @@ def main() -> None:
     if looks:
         finals.run(experiments.setup(BASE), experiments.data, experiments.load)
     for name in names:
-        for what, key, method, seed in missing(name):
-            content = read(name)
+        for what, key, method, seed in missing(name, options.only):
             row = experiments.untrained(what, key) if method is None else experiments.run(what, key, method, seed)
-            write(name, experiments.setup(what), [*content["rows"], row])
+            write(name, experiments.setup(what), [*read(name)["rows"], row])
             kl = sum(row["screening"]["kl_sum"]) / sum(row["screening"]["num_tokens"])
             rouge = np.mean(row["screening"]["rouge_l"])
             print(f"{name}: {what.name}, {key}, seed {seed}: KL {kl:.4f}, Rouge-L {rouge:.4f}, {row['seconds']:.0f} s",
@@ -250,4 +290,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not ALLOCATOR.items() <= os.environ.items():  # read when the process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     main()

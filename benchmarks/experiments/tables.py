@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import CHOSEN, EXPERIMENTS, METHODS, at_rate, times
+from plan import CHOSEN, EXPERIMENTS, METHODS, START_OF_TESTS, at_rate, capture_s, needs_store, times
 
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -18,7 +19,7 @@ _SAMPLED = {"rouge_l": ("Rouge-L to references", True), "rouge_l_teacher": ("Rou
 _TOKENS = {"kl_sum": ("KL(teacher‖student)", False), "nll_sum": ("loss on teacher answers", False)}
 _METRICS = _SAMPLED | _TOKENS
 _OURS = "bellman_distill"
-_UNTRAINED = ("start", "teacher")
+_UNTRAINED = ("start", START_OF_TESTS, "teacher")
 _Rows = list[dict[str, Any]]
 
 
@@ -113,14 +114,16 @@ def cost_figure(path: Path) -> str:
 def tests_section(path: Path) -> str:
     """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
     content = json.loads(path.read_text())
-    rows, sets = content["rows"], list(dict.fromkeys(row["set"] for row in content["rows"]))
+    rows, sets = looks_complete(content["rows"]), list(dict.fromkeys(row["set"] for row in content["rows"]))
+    if not any(row["method"].startswith(_OURS) for row in rows):
+        return ""
     parts = [
         "## Test sets, equal cost",
         "",
         f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
         f"top-p 0.8, sampling seeds {', '.join(str(s) for s in sorted({row['sampling_seed'] for row in rows}))}. Each "
         "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
-        "set by themselves, and training seeds; differences are paired.",
+        f"set by themselves, and training seeds; differences are paired. Weights in {content['dtype']} for sampling.",
         "",
     ]
     values: dict[str, dict[str, Measured]] = {}
@@ -150,10 +153,17 @@ def tests_section(path: Path) -> str:
     return "\n".join(parts)
 
 
+def looks_complete(rows: _Rows) -> _Rows:
+    """Rows of the trainings that every test set was answered by with every sampling seed."""
+    taken = Counter((row["method"], row["seed"]) for row in rows)
+    num_looks = len({(row["set"], row["sampling_seed"]) for row in rows})
+    return [row for row in rows if taken[row["method"], row["seed"]] == num_looks]
+
+
 def paper_section(path: Path, tests: Path) -> str:
     """The paper's figures beside ours, where the test sets were looked at."""
     paper = json.loads(path.read_text())
-    rows = json.loads(tests.read_text())["rows"]
+    rows = looks_complete(json.loads(tests.read_text())["rows"])
     lines = [["", *paper["pairs"], "here, 135M to 81M"], ["---"] + ["---:"] * (len(paper["pairs"]) + 1)]
     for row in paper["rows"]:
         scores = [
@@ -192,11 +202,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
     """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
     if row["method"] in _UNTRAINED:
         return ["–", "–", "–"]
-    measured_times, method = times(), METHODS[_method_of(row["method"])]
-    asked = 0.0
-    if not (method.references or (method.rollouts or {}).get("share") == 1):
-        per_token = measured_times["captured"]["seconds"] / measured_times["captured"]["response_tokens"]
-        asked = per_token * measured_times["train_response_tokens"]
+    asked = capture_s(times()) if needs_store(METHODS[_method_of(row["method"])]) else 0.0
     cost = _seconds(row)
     return [str(row["steps"]), f"{cost:.0f}", f"{cost + asked:.0f}"]
 
