@@ -78,7 +78,23 @@ CANDIDATES: dict[str, Method] = {
     "skew_kl, set, p 0.5": _on("skew_kl", direction="reverse", source="set", p=0.5, **TOP_P),
     "gkd, set, p 0.5": _on("gkd", {}, source="set", p=0.5, **TOP_P),
 }
+# The same on people's answers, of which the default learns the tokens that the teacher finds likely.
+ON_REFERENCES = (
+    "bellman_distill",
+    "bellman_distill, p 0.3",
+    "bellman_distill, p 0.8",
+    "skew_kl, set, p 0.5",
+    "forward_kl",
+    "forward_kl, store",
+)
+CANDIDATES |= {f"{name}, references": replace((METHODS | CANDIDATES)[name], references=True) for name in ON_REFERENCES}
+# The teacher's set decides only which tokens are learned; their first-order term is that of SFT.
+CANDIDATES["sampled, p 0.8, references"] = replace(
+    METHODS["seqkd, p 0.5"], args={**METHODS["seqkd, p 0.5"].args, "p": 0.8}, references=True
+)
 METHODS |= CANDIDATES
+# Of these, what one training seed put beside the best: trained with all seeds.
+SEEDED = ("bellman_distill, references",)
 MAIN = ("bellman_distill", "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
 # Three learning rates for each main method, searched with one training seed; the third lies beyond the better of the
 # first two. Where the best of three is at an end, one more beyond it.
@@ -129,7 +145,8 @@ def main_table() -> dict[str, Method]:
     for name, rate in CHOSEN.items():
         row = at_rate(name, rate)[0]
         rows[row] = replace(rows[row], num_seeds=NUM_SEEDS)
-    return rows | CANDIDATES | {name: method for name, method in METHODS.items() if name not in MAIN}
+    rows |= {name: method for name, method in METHODS.items() if name not in MAIN}
+    return rows | {name: replace(rows[name], num_seeds=NUM_SEEDS) for name in SEEDED}
 
 
 def times() -> dict[str, Any]:
@@ -153,8 +170,8 @@ def at_equal_cost() -> dict[str, Method]:
     """Chosen rates with as many steps as the cost of the default's steps, or a share of it, pays for.
 
     At cost 1 there are all training seeds, whose students meet the test sets; there the default has the rows of the
-    main table. What does not need the teacher's stored answers also has the steps that pay for capturing them. What is not
-    measured or chosen yet is left out.
+    main table. What does not need the teacher's stored answers also has the steps that pay for capturing them. What
+    is not measured or chosen yet is left out.
     """
     measured, found = times(), {}
     step_s = measured["step_s"]
