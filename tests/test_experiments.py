@@ -32,51 +32,56 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
-    monkeypatch.setattr(plan, "CHOSEN", {"bellman_distill": 3e-4, "minillm": 5e-5})
+    monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
     yield type("Modules", (), {"plan": plan, "finals": finals, "scores": scores, "tables": tables})
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
 
 
-def write_times(plan: Any, **step_s: float) -> None:
-    (plan.RESULTS / "times.json").write_text(json.dumps({"step_s": step_s}))
+def write_times(plan: Any, ours: float, **step_s: float) -> None:
+    (plan.RESULTS / "times.json").write_text(json.dumps({"step_s": {plan.OURS: ours, **step_s}}))
 
 
 def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_steps(modules):
     assert modules.plan.at_equal_cost() == {}  # nothing is measured yet
-    write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
+    write_times(modules.plan, 2.0, minillm=8.0)
     methods = modules.plan.at_equal_cost()
     steps = {name: method.args["max_steps"] for name, method in methods.items()}
     # Cost 1 of the default is a row of the main table.
     assert steps == {
         "minillm, learning rate 5e-05, cost 1": 20,
-        "bellman_distill, learning rate 0.0003, cost 0.5": 40,
+        f"{modules.plan.OURS}, learning rate 0.0003, cost 0.5": 40,
         "minillm, learning rate 5e-05, cost 0.5": 10,
-        "bellman_distill, learning rate 0.0003, cost 0.25": 20,
+        f"{modules.plan.OURS}, learning rate 0.0003, cost 0.25": 20,
         "minillm, learning rate 5e-05, cost 0.25": 5,
-        "bellman_distill, learning rate 0.0003, cost 2": 160,
+        f"{modules.plan.OURS}, learning rate 0.0003, cost 2": 160,
         "minillm, learning rate 5e-05, cost 2": 40,
     }
     assert [method.num_seeds for method in methods.values()] == [3] + [1] * 6
 
 
 def test_what_the_teacher_was_asked_for_buys_steps_of_the_methods_that_do_not_ask_it(modules, monkeypatch):
-    write_times(modules.plan, bellman_distill=2.0, minillm=8.0, seqkd=4.0)
+    write_times(modules.plan, 2.0, minillm=8.0, seqkd=4.0, **{"sft on references": 5.0})
     path = modules.plan.RESULTS / "times.json"
-    captured = {"captured": {"response_tokens": 10, "seconds": 1.0}, "train_response_tokens": 4000}  # 400 s
+    asked = {"response_tokens": 10, "seconds": 1.0}
+    captured = {"captured": asked | {"all_response_tokens": 4000}, "scored": asked | {"all_response_tokens": 1000}}
     path.write_text(json.dumps(json.loads(path.read_text()) | captured))
-    monkeypatch.setattr(modules.plan, "CHOSEN", {"bellman_distill": 3e-4, "minillm": 5e-5, "seqkd": 3e-4})
-    found = {k: m.args["max_steps"] for k, m in modules.plan.at_equal_cost().items() if "with capture" in k}
-    # 80 steps of 2 s, and 400 s, in steps of 8 s; SeqKD learns from the teacher's answers and has paid for them.
-    assert found == {"minillm, learning rate 5e-05, cost 1 with capture": 70}
+    plan, ours = modules.plan, modules.plan.OURS
+    monkeypatch.setattr(plan, "CHOSEN", {ours: 3e-4, "sft on references": 3e-4, "minillm": 5e-5, "seqkd": 3e-4})
+    found = {k: m.args["max_steps"] for k, m in plan.at_equal_cost().items() if "with capture" in k}
+    # 80 steps of 2 s and 100 s of scores. SeqKD's answers cost 400 s, more than that.
+    assert found == {
+        "sft on references, learning rate 0.0003, cost 1 with capture": 52,
+        "minillm, learning rate 5e-05, cost 1 with capture": 32,
+    }
 
 
 def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):
-    write_times(modules.plan, bellman_distill=2.0, minillm=8.0)
-    monkeypatch.setattr(modules.plan, "FROZEN", ("bellman_distill", "minillm"))
+    write_times(modules.plan, 2.0, minillm=8.0)
+    monkeypatch.setattr(modules.plan, "FROZEN", (modules.plan.OURS, "minillm"))
     frozen = modules.plan.frozen()
-    assert list(frozen) == ["bellman_distill, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"]
+    assert list(frozen) == [f"{modules.plan.OURS}, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"]
     steps = [method.args.get("max_steps", modules.plan.STEPS) for method in frozen.values()]
     assert steps == [80, 20] and all(method.num_seeds == 3 for method in frozen.values())
 
@@ -90,8 +95,8 @@ def look(
 
 def test_a_frozen_recipe_is_looked_at_once_and_does_not_change(modules, monkeypatch):
     finals = modules.finals
-    write_times(modules.plan, bellman_distill=2.0)
-    monkeypatch.setattr(modules.plan, "FROZEN", ("bellman_distill",))
+    write_times(modules.plan, 2.0)
+    monkeypatch.setattr(modules.plan, "FROZEN", (modules.plan.OURS,))
     looks = finals.missing()
     num_models = modules.plan.NUM_SEEDS + 2  # and start and teacher
     assert len(looks) == len({(name, *rest) for name, _, *rest in looks}) == num_models * 3 * 5
@@ -114,7 +119,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     for test_set, num_prompts in (("dolly", 60), ("vicuna", 20)):
         scores = random.random((3, 2, num_prompts))  # trainings, sampling seeds, prompts
         for method, less, trainings in (
-            ("bellman_distill, cost 1", 0.0, 3),
+            (f"{modules.plan.OURS}, cost 1", 0.0, 3),
             ("seqkd, cost 1", 0.01, 3),
             ("teacher", 0, 1),
         ):
@@ -128,7 +133,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     path.write_text(json.dumps({"dtype": "bfloat16", "rows": rows}))
     lines = modules.tables.tests_section(path).splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ") for line in lines if line.startswith("|")}
-    ours, other = cells["bellman_distill, cost 1"], cells["seqkd, cost 1"]
+    ours, other = cells[f"{modules.plan.OURS}, cost 1"], cells["seqkd, cost 1"]
     means = [float(ours[i].split()[0]) for i in (2, 3, 4)]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
     # Every training and prompt is 0.01 lower; what differs between draws is which trainings are drawn.
@@ -137,8 +142,40 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert low < -0.01 < high
 
 
+def test_what_a_score_costs_is_the_cheapest_row_of_the_default_that_has_it(modules, monkeypatch):
+    plan, tables = modules.plan, modules.tables
+    write_times(plan, 2.0, minillm=8.0, gkd=4.0)
+    monkeypatch.setattr(tables, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5, "gkd": 3e-4})
+
+    def row(method: str, steps: int, score: float) -> dict[str, Any]:
+        return {"method": method, "seed": 0, "steps": steps, "screening": {"rouge_l": [[score, score]]}}
+
+    scored = {"response_tokens": 1, "seconds": 1.0, "all_response_tokens": 60}
+    path = plan.RESULTS / "times.json"
+    times = json.loads(path.read_text()) | {"captured": scored, "scored": scored}
+    path.write_text(json.dumps(times))
+    ours, others = f"{plan.OURS}, learning rate 0.0003", "learning rate 5e-05, cost"
+    rows = [
+        row("start", 0, 0.12),
+        row(f"{ours}, cost 0.5", 40, 0.14),
+        row(ours, 80, 0.16),
+        row(f"minillm, {others} 1", 20, 0.11),
+        row(f"minillm, {others} 2", 40, 0.1),
+        row("gkd, learning rate 0.0003, cost 1", 40, 0.15),
+        row("gkd, learning rate 0.0003, cost 2", 80, 0.17),
+        row("gkd, learning rate 0.001, search", 80, 0.18),  # not at the chosen rate
+    ]
+    lines = [line.strip("| ").split(" | ") for line in tables._reach(rows)[2].splitlines()[2:]]
+    cells = {line[0]: line for line in lines}
+    assert set(cells) == {"minillm", "gkd"}
+    # MiniLLM rolls out and asks for nothing beforehand: 160 s against 80 s, and 60 s of scores.
+    assert cells["minillm"][1:] == ["0.1100 (below the start)", "160", "80", "2.0", "1.1"]
+    assert cells["gkd"][1:] == ["0.1700", "320", "not reached", "–", "–"]
+
+
 def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
-    names = ("bellman_distill, learning rate 0.0003", "bellman_distill, p 0.3", "seqkd, learning rate 0.0003, cost 1")
+    ours = f"{modules.plan.OURS}, learning rate 0.0003"
+    names = (ours, "bellman_distill, learning rate 0.0003", "seqkd, learning rate 0.0003, cost 1")
     scores = dict(zip(names, (0.2, 0.9, 0.1), strict=True))
     rows = [
         look(name, 0, test_set, 10, "", [score, score + 0.02])

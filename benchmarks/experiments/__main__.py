@@ -31,12 +31,12 @@ from claims import FINE_TUNED, Claims, claims, references_of
 from plan import (
     BASE,
     EXPERIMENTS,
-    MAIN,
     METHODS,
     RESULTS,
     SCREENING_SEEDS,
     START_OF_TESTS,
     STEPS,
+    TIMED,
     Method,
     frozen,
     times,
@@ -50,6 +50,7 @@ from tdistill.pipeline import environment
 from tdistill.reports.write import write_atomically
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.loading import load_causal_lm
+from tdistill.types import PromptTokens
 
 # Tokens per second on two cores, for the estimate of units that were never run: training on answers without and with a
 # teacher in memory (prompts not counted), and generation.
@@ -205,24 +206,38 @@ def write(name: str, setup: Setup, rows: list[dict[str, Any]]) -> None:
     write_atomically(RESULTS / f"{name}.json", json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
 
 
-def measure_times(experiments: Experiments) -> None:
-    """Write what a step of each method costs, and a captured token, with nothing else running."""
-    setup = experiments.setup(BASE)
-    teacher, identity, capture_args = setup.teacher, setup.stores["train"].manifest["identity"], setup.recipe.capture
-    prompts_to_ask = setup.prompts("train")[: 2 * capture_args.batch_size]
+def asking(teacher: Any, setup: Setup) -> dict[str, Any]:
+    """What the teacher's answers to two batches of training prompts cost, or its scores of given answers."""
+    store, capture_args = setup.stores["train"], setup.recipe.capture
+    identity = store.manifest["identity"]
+    rows = [store[i] for i, (_, answer_index) in enumerate(store.jobs) if answer_index == 0]
+    given = capture_args.mode == "score"
+    prompts = [
+        PromptTokens(row.prompt_id, row.prompt_ids, row.response_ids if given else None, row.ends)
+        for row in rows[: 2 * capture_args.batch_size]
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        store = capture_store(
+        asked = capture_store(
             teacher,
-            prompts_to_ask,
+            prompts,
             scratch,
             capture_args.sampling(),
+            mode=capture_args.mode,
             batch_size=capture_args.batch_size,
             log_prob_bits=capture_args.log_prob_bits,
             tokenizer_sha256=identity["tokenizer_sha256"],
             template=identity["template"],
         )
-        captured = {"response_tokens": store.total_response_tokens, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+    return {"response_tokens": asked.total_response_tokens, "seconds": seconds,
+            "all_response_tokens": store.total_response_tokens}  # fmt: skip
+
+
+def measure_times(experiments: Experiments) -> None:
+    """Write what a step of each method costs, and a captured token, with nothing else running."""
+    setup = experiments.setup(BASE)
+    teacher = setup.teacher
     prompts = [prompt.prompt_ids for prompt in setup.prompts("held_out")[:3]]
     models = {"teacher": teacher.model, "student": load_causal_lm(experiments.healed(BASE), dtype="float32")}
     sizes = {
@@ -234,11 +249,12 @@ def measure_times(experiments: Experiments) -> None:
         for name, model in models.items()
     }
     found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "allocator": ALLOCATOR,
-                             "models": sizes, "train_response_tokens": setup.stores["train"].total_response_tokens,
-                             "captured": captured, "step_s": {}, "rounds_s": times().get("rounds_s", {})}  # fmt: skip
+                             "models": sizes, "captured": asking(teacher, setup),
+                             "scored": asking(teacher, experiments.setup(references_of(BASE))), "step_s": {},
+                             "rounds_s": times().get("rounds_s", {})}  # fmt: skip
     # One method after another, and that again: a machine that slows down meanwhile slows down all of them.
     for _ in range(TIMED_ROUNDS - min((len(r) for r in found["rounds_s"].values()), default=0)):
-        for name in (*MAIN, "forward_kl, store"):
+        for name in TIMED:
             rounds = found["rounds_s"].setdefault(name, [])
             rounds.append(experiments.step_s(BASE, METHODS[name]))
             print(f"{name}: {rounds[-1]:.2f} s a step", flush=True)

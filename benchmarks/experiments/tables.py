@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import CHOSEN, EXPERIMENTS, METHODS, START_OF_TESTS, at_rate, capture_s, needs_store, times
+from plan import CHOSEN, EXPERIMENTS, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
 
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -18,7 +18,8 @@ _LEVEL, _SEED = 0.95, 0
 _SAMPLED = {"rouge_l": ("Rouge-L to references", True), "rouge_l_teacher": ("Rouge-L to the teacher", True)}
 _TOKENS = {"kl_sum": ("KL(teacher‖student)", False), "nll_sum": ("loss on teacher answers", False)}
 _METRICS = _SAMPLED | _TOKENS
-_OURS = "bellman_distill"
+# Of the sampled answers, to be read beside their scores: heading and format of the mean.
+_ANSWERS = {"length": ("tokens", ".1f"), "terminated": ("ended", ".0%"), "distinct_2": ("distinct-2", ".2f")}
 _UNTRAINED = ("start", START_OF_TESTS, "teacher")
 _Rows = list[dict[str, Any]]
 
@@ -56,7 +57,7 @@ def experiment_section(path: Path) -> str:
         if rows:
             parts += [_table(rows, _costs if name == "e8" else None), ""]
     if name == "e8":
-        parts += ["![Scores over cost](figures/cost.svg)", ""]
+        parts += ["![Scores over cost](figures/cost.svg)", "", *_reach(content["rows"])]
     return "\n".join(parts)
 
 
@@ -83,7 +84,7 @@ def chosen_rows(path: Path, methods: set[str]) -> _Rows:
 def cost_rows(path: Path) -> _Rows:
     """Rows of equal cost with those of the main table that belong to them: the default's, and the untrained."""
     main = json.loads(path.with_name("e1.json").read_text())["rows"]
-    ours = f"{_OURS}, learning rate"
+    ours = f"{OURS}, learning rate"
     shared = [row for row in main if row["method"] in _UNTRAINED or row["method"].startswith(ours)]
     return shared + json.loads(path.read_text())["rows"]
 
@@ -111,11 +112,44 @@ def cost_figure(path: Path) -> str:
     return curves_chart("cost", "Scores over cost", "minutes of training, without capture", panels)
 
 
+def _reach(rows: _Rows) -> list[str]:
+    """What the best score of each other method cost, beside the least cost at which the default has that score."""
+    chosen = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items()}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row, mine in _by_method(rows).items():
+        if (name := chosen.get(row.split(", cost")[0])) is not None and not row.endswith("capture"):
+            found.setdefault(name, []).append((_seconds(mine[0]), measured(mine, "rouge_l").value))
+    start = next((measured([row], "rouge_l").value for row in rows if row["method"] == "start"), 0.0)
+    lines = [
+        ["", "best Rouge-L", "its cost, s", "cost of the default to reach it, s", "times less", "with capture"],
+        ["---"] + ["---:"] * 5,
+    ]
+    for name in found.keys() - {OURS}:
+        cost, score = max(found[name], key=lambda point: (point[1], -point[0]))
+        cells = [name, f"{score:.4f}" + (" (below the start)" if score < start else ""), f"{cost:.0f}"]
+        if reached := [own for own, of_own in found.get(OURS, []) if of_own >= score]:
+            asked = [asked_s(METHODS[of], times()) for of in (name, OURS)]
+            with_capture = (cost + asked[0]) / (min(reached) + asked[1])
+            cells += [f"{min(reached):.0f}", f"{cost / min(reached):.1f}", f"{with_capture:.1f}"]
+        else:
+            cells += ["not reached", "–", "–"]
+        lines.append(cells)
+    if len(lines) == 2:
+        return []
+    return [
+        f"What a score costs: the best of a method's rows above, at the chosen rate, and the cheapest row of {OURS} "
+        "that has at least that score. Costs as measured, so the ratio is no more exact than the few costs tried.",
+        "",
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+        "",
+    ]
+
+
 def tests_section(path: Path) -> str:
     """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
     content = json.loads(path.read_text())
     rows, sets = looks_complete(content["rows"]), list(dict.fromkeys(row["set"] for row in content["rows"]))
-    if not any(row["method"].startswith(_OURS) for row in rows):
+    if not any(row["method"].startswith(OURS) for row in rows):
         return ""
     parts = [
         "## Test sets, equal cost",
@@ -136,7 +170,7 @@ def tests_section(path: Path) -> str:
     methods = list(values[sets[0]])
     points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
     drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
-    ours = next(method for method in methods if method.startswith(_OURS))
+    ours = next(method for method in methods if method.startswith(OURS))
     less = [f"{name} less that of {ours}" for name in [*sets, "mean"]]
     head = ["", "seeds", *sets, "mean", *less, "share of the teacher's"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
@@ -166,12 +200,13 @@ def paper_section(path: Path, tests: Path) -> str:
     rows = looks_complete(json.loads(tests.read_text())["rows"])
     lines = [["", *paper["pairs"], "here, 135M to 81M"], ["---"] + ["---:"] * (len(paper["pairs"]) + 1)]
     for row in paper["rows"]:
+        here = OURS if row["method"] == "bellman_distill" else row["method"]
         scores = [
-            [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{row['method']}, learning")]
+            [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{here}, learning")]
             for name in paper["sets"]
         ]
-        here = " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
-        lines.append([row["name"], *(" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]), here])
+        shown = " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
+        lines.append([row["name"], *(" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]), shown])
     return "\n".join(
         [
             "## Beside the paper's figures",
@@ -202,7 +237,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
     """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
     if row["method"] in _UNTRAINED:
         return ["–", "–", "–"]
-    asked = capture_s(times()) if needs_store(METHODS[_method_of(row["method"])]) else 0.0
+    asked = asked_s(METHODS[_method_of(row["method"])], times())
     cost = _seconds(row)
     return [str(row["steps"]), f"{cost:.0f}", f"{cost + asked:.0f}"]
 
@@ -221,7 +256,8 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
     against = f"Rouge-L less that of {ours}" if ours else "difference"
     extra = ["steps", "cost, s", "with capture, s"] if costs else []
-    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against, "share of the teacher's Rouge-L"]
+    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against, "share of the teacher's Rouge-L",
+            *(title for title, _ in _ANSWERS.values())]  # fmt: skip
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
     for name in sorted(methods, key=lambda name: (name not in _UNTRAINED, -values["rouge_l"][name].value)):
@@ -239,8 +275,14 @@ def _table(rows: _Rows, costs: Any = None) -> str:
             point = values["rouge_l"][name].value / values["rouge_l"]["teacher"].value
             of_draws = draws["rouge_l"][name] / draws["rouge_l"]["teacher"]
             share = _shown(percentile_interval(point, of_draws, _LEVEL), "", ".1%")
-        lines.append([name, *cells, gap, share])
+        lines.append([name, *cells, gap, share, *(_of_answers(mine, key, form) for key, (_, form) in _ANSWERS.items())])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _of_answers(rows: _Rows, key: str, form: str) -> str:
+    """Mean over the answers of rows that have it; rows of before it was measured do not."""
+    found = [row["screening"][key] for row in rows if key in row["screening"]]
+    return format(np.mean(found), form) if found else "–"
 
 
 def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool) -> dict[str, str]:
@@ -259,7 +301,7 @@ def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool
 
 def _best_of_ours(methods: dict[str, _Rows]) -> str | None:
     """Of the rows of the default objective, the one with most seeds, then with the higher Rouge-L."""
-    own = [name for name in methods if name.startswith(_OURS)]
+    own = [name for name in methods if name.startswith(OURS)] or [n for n in methods if n.startswith("bellman_distill")]
     return max(own, key=lambda name: (len(methods[name]), measured(methods[name], "rouge_l").value), default=None)
 
 
