@@ -1,7 +1,7 @@
 """Train and measure what the experiments ask for, one unit (a method, a seed) after another.
 
     python benchmarks/experiments e1 e5       # these; without names all of them
-    python benchmarks/experiments e8 --only "cost 1"  # of these, the rows whose name contains this
+    python benchmarks/experiments e8 --only "cost 1$" # of these, the rows whose name matches
     python benchmarks/experiments --estimate  # only say how long it would take
     python benchmarks/experiments --times     # only measure what a step and a captured token cost
     python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -170,9 +171,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def missing(name: str, only: str = "") -> list[tuple[Claims, str, Method | None, int]]:
-    """Units without a row, of those whose method's name contains ``only``."""
+    """Units without a row, of those with a match of ``only`` in their method's name."""
     done = {(row["setup"], row["method"], row["seed"]) for row in read(name)["rows"]}
-    return [unit for unit in units(name) if only in unit[1] and (unit[0].name, unit[1], unit[3]) not in done]
+    return [unit for unit in units(name) if re.search(only, unit[1]) and (unit[0].name, unit[1], unit[3]) not in done]
 
 
 def estimate_s(name: str, only: str = "") -> float:
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; default: all")
     parser.add_argument("--data", type=Path, default=os.environ.get("TDISTILL_DATA"), help="default: TDISTILL_DATA")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name has a match of this regular expression")
     parser.add_argument("--times", action="store_true", help="only measure seconds per step, nothing else running")
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
