@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import cost_figure, experiment_section, paper_section, tests_section
+from tables import cost_figure, equal_cost, experiment_section, paper_section, tests_section
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -111,7 +111,10 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
 def readme(text: str) -> str:
     """README.md with its tables made new."""
     demo = markdown_table(read_results(RESULTS / "demo.json"))
+    costs = RESULTS / "experiments" / "e8.json"
     tables = {
+        "methods": f"At equal cost of training, from `{costs}` and `e1.json`: Rouge-L to references, 200 screening "
+        f"prompts of the dev file:\n\n{equal_cost(costs)}",
         "results": f"`make demo`, from `{RESULTS}/demo.json`:\n\n{demo}",
         "costs": f"`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}",
     }

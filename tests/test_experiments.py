@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_what_the_teacher_was_asked_for_buys_steps_of_the_methods_that_do_not_as
         "sft on references, learning rate 0.0003, cost 1 with capture": 52,
         "minillm, learning rate 5e-05, cost 1 with capture": 32,
     }
+
+
+def test_new_times_do_not_pass_old_rows_off_as_equal_cost(modules, monkeypatch):
+    spec = importlib.util.spec_from_file_location("experiments", ROOT / "benchmarks" / "experiments" / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    plan = modules.plan
+    write_times(plan, 2.0, minillm=8.0)
+    monkeypatch.setitem(plan.EXPERIMENTS, "e8", plan.Experiment("", {plan.BASE: plan.at_equal_cost()}))
+    row = {"setup": "base", "method": "minillm, learning rate 5e-05, cost 1", "seed": 0, "steps": 20}
+    monkeypatch.setattr(main, "read", lambda name: {"rows": [row]})
+    left = [(key, seed) for _, key, _, seed in main.missing("e8", "cost 1$")]
+    assert left == [(row["method"], 1), (row["method"], 2)]
+    row["steps"] = 19
+    with pytest.raises(SystemExit, match="seed 0 has 19 steps in its row and 20 by times"):
+        main.missing("e8")
 
 
 def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):
@@ -171,6 +189,26 @@ def test_what_a_score_costs_is_the_cheapest_row_of_the_default_that_has_it(modul
     # MiniLLM rolls out and asks for nothing beforehand: 160 s against 80 s, and 60 s of scores.
     assert cells["minillm"][1:] == ["0.1100 (below the start)", "160", "80", "2.0", "1.1"]
     assert cells["gkd"][1:] == ["0.1700", "320", "not reached", "–", "–"]
+
+
+def test_the_readmes_table_has_the_chosen_rows_of_equal_cost_alone(modules, monkeypatch):
+    plan, tables = modules.plan, modules.tables
+    monkeypatch.setattr(tables, "CHOSEN", {plan.OURS: 3e-4, plan.FIRST: 3e-4, "seqkd": 3e-4})
+
+    def row(method: str, seed: int, score: float) -> dict[str, Any]:
+        return {"method": method, "seed": seed, "steps": 80, "screening": {"rouge_l": [[score, score + 0.1]]}}
+
+    main = [row("start", 0, 0.1), row("seqkd, learning rate 0.0003", 0, 0.9)]  # equal tokens
+    main += [row(f"{plan.OURS}, learning rate 0.0003", seed, 0.2) for seed in (0, 1)]
+    main += [row(f"{plan.OURS}, learning rate 0.001", 0, 0.9)]
+    cost = [row("seqkd, learning rate 0.0003, cost 1", 0, 0.15), row("seqkd, learning rate 0.0003, cost 2", 0, 0.9)]
+    (plan.RESULTS / "e1.json").write_text(json.dumps({"rows": main}))
+    (plan.RESULTS / "e8.json").write_text(json.dumps({"rows": cost}))
+    lines = [line.strip("| ").split(" | ") for line in tables.equal_cost(plan.RESULTS / "e8.json").splitlines()[2:]]
+    # The mean over the two prompts; one prompt is drawn twice at either end of an interval, but never in a difference.
+    assert [line[0] for line in lines] == ["iq_learn on scored references", "seqkd", "start, common to all"]
+    assert lines[0][1:] == ["2", "80", "0.2500 [0.2000, 0.3000]", "–"]
+    assert lines[1][4].startswith("-0.0500 [-0.0500, -0.0500") and lines[2][1:3] == ["–", "–"]
 
 
 def test_the_papers_figures_stand_beside_ours(modules, tmp_path):

@@ -172,8 +172,19 @@ def read(name: str) -> dict[str, Any]:
 
 def missing(name: str, only: str = "") -> list[tuple[Claims, str, Method | None, int]]:
     """Units without a row, of those with a match of ``only`` in their method's name."""
-    done = {(row["setup"], row["method"], row["seed"]) for row in read(name)["rows"]}
-    return [unit for unit in units(name) if re.search(only, unit[1]) and (unit[0].name, unit[1], unit[3]) not in done]
+    done = {(row["setup"], row["method"], row["seed"]): row.get("steps") for row in read(name)["rows"]}
+    found = []
+    for what, key, method, seed in units(name):
+        steps = method.args.get("max_steps", STEPS) if method else None
+        taken = done.get((what.name, key, seed), steps)
+        if taken != steps:
+            raise SystemExit(
+                f"{name}: {key}, seed {seed} has {taken} steps in its row and {steps} by times.json, which was made "
+                "anew. Take the old file back, or delete the row to train it again."
+            )
+        if re.search(only, key) and (what.name, key, seed) not in done:
+            found.append((what, key, method, seed))
+    return found
 
 
 def estimate_s(name: str, only: str = "") -> float:

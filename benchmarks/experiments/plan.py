@@ -203,8 +203,8 @@ def at_equal_cost() -> dict[str, Method]:
     """Chosen rates with as many steps as the cost of the default's steps, or a share of it, pays for.
 
     At cost 1 there are all training seeds, whose students meet the test sets; there the default has the rows of the
-    main table. What does not need the teacher's stored answers also has the steps that pay for capturing them. What
-    is not measured or chosen yet is left out.
+    main table. With capture, what the default's scores of references cost is part of the budget, and what a method asks
+    the teacher for is part of its cost. What is not measured or chosen yet is left out.
     """
     measured, found = times(), {}
     step_s = measured["step_s"]
@@ -236,16 +236,12 @@ def _with_steps(method: Method, steps: int) -> Method:
 
 def asked_s(method: Method, measured: dict[str, Any]) -> float:
     """Seconds that the teacher is asked for before training: its answers to all training prompts, or its scores."""
-    with_teacher = method.args["objective"].get("source") == "teacher"
-    if (method.rollouts or {}).get("share") == 1 or (method.references and (with_teacher or is_sft(method))):
+    objective = method.args["objective"]
+    reads_no_sets = objective["name"] == "sft" or objective.get("source") == "teacher"
+    if (method.rollouts or {}).get("share") == 1 or (method.references and reads_no_sets):
         return 0.0
     asked = measured["scored" if method.references else "captured"]
     return float(asked["all_response_tokens"] * asked["seconds"] / asked["response_tokens"])
-
-
-def is_sft(method: Method) -> bool:
-    """Whether a method learns from tokens alone."""
-    return bool(method.args["objective"]["name"] == "sft")
 
 
 def frozen() -> dict[str, Method]:

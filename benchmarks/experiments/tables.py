@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import CHOSEN, EXPERIMENTS, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
+from plan import CHOSEN, EXPERIMENTS, FIRST, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
 
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -143,6 +143,32 @@ def _reach(rows: _Rows) -> list[str]:
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
     ]
+
+
+def equal_cost(path: Path) -> str:
+    """Table of the methods at equal cost and their chosen rates, for the README."""
+    names = {at_rate(name, rate)[0] + ("" if name == OURS else ", cost 1"): name for name, rate in CHOSEN.items()}
+    ours = "iq_learn on scored references"
+    names |= {"teacher": "teacher", "start": "start, common to all", at_rate(OURS, CHOSEN[OURS])[0]: ours}
+    names |= {f"{at_rate(FIRST, CHOSEN[FIRST])[0]}, cost 1": "iq_learn on the teacher's answers"}
+    rows = _by_method([row | {"method": names[row["method"]]} for row in cost_rows(path) if row["method"] in names])
+    values = {name: measured(mine, "rouge_l") for name, mine in rows.items()}
+    draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
+    lines = [["", "training seeds", "steps", "Rouge-L", f"less that of {ours}"], ["---"] + ["---:"] * 4]
+    for name in sorted(values, key=lambda name: -values[name].value):
+        value, mine = values[name].value, rows[name]
+        gap = percentile_interval(value - values[ours].value, draws[name] - draws[ours], _LEVEL)
+        untrained = name in ("teacher", names["start"])
+        lines.append(
+            [
+                name,
+                "–" if untrained else str(len(mine)),
+                "–" if untrained else str(mine[0]["steps"]),
+                _shown(percentile_interval(value, draws[name], _LEVEL)),
+                "–" if name == ours else _shown(gap, "+"),
+            ]
+        )
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def tests_section(path: Path) -> str:
