@@ -154,7 +154,8 @@ def units(name: str) -> Iterator[tuple[Claims, str, Method | None, int]]:
     for what, methods in groups.items():
         if methods and (what != BASE or name == "e1"):  # e1 has those of the base
             yield what, "start", None, 0
-            yield what, "teacher", None, 0
+            if name == "e1" or not what.same_teacher(BASE):
+                yield what, "teacher", None, 0
         if methods and name == "e1":
             yield what, START_OF_TESTS, None, 0
     for seed in range(max((method.num_seeds for methods in groups.values() for method in methods.values()), default=0)):

@@ -48,6 +48,11 @@ class Claims:
     healing_steps: int = 100
     healing_rate: float = 5e-4
 
+    def same_teacher(self, other: Claims) -> bool:
+        """Whether the teacher and what it is screened with are those of another setup: students and training differ."""
+        training = ("name", "layers", "answers_per_prompt", "num_train", "train")
+        return replace(self, **{field: getattr(other, field) for field in training}) == other
+
 
 # All layers of the teacher, scored and healed on people's answers: a teacher fine-tuned as in the paper, for one epoch.
 FINE_TUNED = Claims(
@@ -118,7 +123,9 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
 
 
 def references_of(what: Claims) -> Claims:
-    """The same prompts, with the answers of people for the teacher's, scored by the teacher."""
+    """The same prompts, with the answers of people for the teacher's, scored by the teacher; for all sizes the same."""
+    if replace(what, name="base", layers=15) == Claims():
+        what = Claims()
     return replace(what, name=f"{what.name}-references", mode="score", answers_per_prompt=1)
 
 

@@ -136,7 +136,13 @@ CHOSEN: dict[str, float] = {
     "forward_kl": 3e-4,
     "gkd": 3e-4,
     "minillm": 5e-5,
+    # Not searched by themselves.
+    "forward_kl, store": 3e-4,
+    "forward_kl, references": 3e-4,
 }
+# What the costs of a score are drawn over: the cost of the default's steps is 1.
+CURVES = (OURS, "forward_kl", "forward_kl, store", "gkd", "minillm")
+SHARES = {**dict.fromkeys(("2", "0.25", "0.5"), CURVES), "0.125": (OURS,)}
 # All training seeds at equal tokens; the other main methods, whose steps cost more, have them at equal cost.
 SEEDED = (OURS, FIRST, "sft on references", "seqkd")
 # What 80 steps of the default paid for in an earlier calibration, in which memory cost more (see ALLOCATOR).
@@ -175,11 +181,13 @@ def main_table() -> dict[str, Method]:
     """Main methods at the first of their rates and the chosen one, ours at all of them; the others at the setup's."""
     tried = [(name, rate) for name in (OURS, FIRST) for rate in RATES[name]]
     tried += [(name, RATES[name][0]) for name in MAIN[1:]]
-    rows = dict(at_rate(name, rate) for name, rate in [*tried, *CHOSEN.items()])
+    searched_here = (*MAIN, FIRST)
+    tried += [(name, rate) for name, rate in CHOSEN.items() if name in searched_here]
+    rows = dict(at_rate(name, rate) for name, rate in tried)
     for name in CHOSEN.keys() & SEEDED:
         row = at_rate(name, CHOSEN[name])[0]
         rows[row] = replace(rows[row], num_seeds=NUM_SEEDS)
-    return rows | {name: method for name, method in METHODS.items() if name not in (*MAIN, FIRST)}
+    return rows | {name: method for name, method in METHODS.items() if name not in searched_here}
 
 
 def times() -> dict[str, Any]:
@@ -211,11 +219,13 @@ def at_equal_cost() -> dict[str, Method]:
     if OURS not in step_s:
         return {}
     budget_s = STEPS * step_s[OURS]
-    with_capture = (WITH_CAPTURE,) if "scored" in measured else ()
-    for label in ("cost 1", "cost 0.5", "cost 0.25", "cost 2", *with_capture):
+    others = tuple(name for name in CHOSEN if name != OURS)  # the default has its row in the main table
+    labels = {"cost 1": others} | {f"cost {share}": names for share, names in SHARES.items()}
+    if "scored" in measured:
+        labels[WITH_CAPTURE] = tuple(name for name in others if name != FIRST)
+    for label, names in labels.items():
         for name, rate in CHOSEN.items():
-            ours_is_elsewhere = name == OURS and label in ("cost 1", WITH_CAPTURE)
-            if name not in step_s or ours_is_elsewhere or (name == FIRST and label != "cost 1"):
+            if name not in step_s or name not in names:
                 continue
             row, method = at_rate(name, rate)
             if label == WITH_CAPTURE:
@@ -225,7 +235,8 @@ def at_equal_cost() -> dict[str, Method]:
             if (steps := round(seconds / step_s[name])) < 1:  # asking the teacher costs it more than there is
                 continue
             method = _with_steps(method, steps)
-            found[f"{row}, {label}"] = replace(method, num_seeds=NUM_SEEDS if label == "cost 1" else 1)
+            seeded = label == "cost 1" and name in (*MAIN, FIRST)
+            found[f"{row}, {label}"] = replace(method, num_seeds=NUM_SEEDS if seeded else 1)
     return found
 
 
@@ -288,7 +299,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Size of the student",
         dict.fromkeys(
             [replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)],
-            chosen(FIRST, "seqkd", "forward_kl"),
+            chosen(OURS, "sft on references", "seqkd", "forward_kl"),
         ),
     ),
     "e6": Experiment(
@@ -303,7 +314,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "GSM8K prompts",
         {
             replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl", dev="train/gsm8k_train.jsonl"): chosen(
-                FIRST, "seqkd", "forward_kl"
+                FIRST, OURS, "sft on references", "seqkd", "forward_kl"
             )
         },
     ),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import CHOSEN, EXPERIMENTS, FIRST, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
+from claims import Claims
+from plan import BASE, CHOSEN, EXPERIMENTS, FIRST, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
 
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -49,6 +50,7 @@ def experiment_section(path: Path) -> str:
     ]
     setups = list(dict.fromkeys(row["setup"] for row in content["rows"]))
     base = [] if name == "e1" else chosen_rows(path.with_name("e1.json"), EXPERIMENTS[name].methods())
+    content["rows"] += teacher_rows(path.with_name("e1.json"), content["rows"], list(experiment.groups))
     if name == "e8":
         content["rows"], base = cost_rows(path), []
     for rows in [*([row for row in content["rows"] if row["setup"] == setup] for setup in setups), base]:
@@ -79,6 +81,14 @@ def chosen_rows(path: Path, methods: set[str]) -> _Rows:
     plain |= {name: name for name in _UNTRAINED}
     found = json.loads(path.read_text())["rows"] if path.is_file() else []
     return [row | {"method": plain[row["method"]]} for row in found if row["method"] in plain]
+
+
+def teacher_rows(path: Path, rows: _Rows, setups: list[Claims]) -> _Rows:
+    """The base's row of the teacher for each setup with rows of its own that asks this teacher the same."""
+    begun = {row["setup"] for row in rows}
+    same = [what.name for what in setups if what.name in begun and what != BASE and what.same_teacher(BASE)]
+    found = json.loads(path.read_text())["rows"] if same and path.is_file() else []
+    return [row | {"setup": name} for name in same for row in found if row["method"] == "teacher"]
 
 
 def cost_rows(path: Path) -> _Rows:
@@ -124,8 +134,8 @@ def _reach(rows: _Rows) -> list[str]:
         ["", "best Rouge-L", "its cost, s", "cost of the default to reach it, s", "times less", "with capture"],
         ["---"] + ["---:"] * 5,
     ]
-    for name in found.keys() - {OURS}:
-        cost, score = max(found[name], key=lambda point: (point[1], -point[0]))
+    best = {name: max(found[name], key=lambda point: (point[1], -point[0])) for name in found if name != OURS}
+    for name, (cost, score) in sorted(best.items(), key=lambda item: -item[1][1]):
         cells = [name, f"{score:.4f}" + (" (below the start)" if score < start else ""), f"{cost:.0f}"]
         if reached := [own for own, of_own in found.get(OURS, []) if of_own >= score]:
             asked = [asked_s(METHODS[of], times()) for of in (name, OURS)]
