@@ -19,6 +19,7 @@ from tdistill.reports.write import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import prefixes
 from plan import EXPERIMENTS
 from table import comparison_section
 from tables import cost_figure, equal_cost, experiment_section, paper_section, tests_section
@@ -60,6 +61,9 @@ def page() -> str:
     tests = RESULTS / "experiments" / "tests.json"
     if tests.is_file():
         parts += [tests_section(tests), paper_section(RESULTS / "experiments" / "paper.json", tests)]
+    exposure = RESULTS / "experiments" / "exposure.json"
+    if exposure.is_file():
+        parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())
@@ -91,7 +95,11 @@ def _sparsity_figure(path: Path) -> str:
     return sparsity_study_chart(json.loads(path.read_text()))
 
 
-FIGURE_SOURCES = {"cost.svg": ("e8.json", cost_figure), "sparsity.svg": ("sparsity.json", _sparsity_figure)}
+FIGURE_SOURCES = {
+    "cost.svg": ("e8.json", cost_figure),
+    "sparsity.svg": ("sparsity.json", _sparsity_figure),
+    "exposure.svg": ("exposure.json", prefixes.chart),
+}
 
 
 def _section(title: str, file: str, key: str, command: str, note: str) -> str:

@@ -29,13 +29,17 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
     import finals
     import plan
+    import prefixes
     import scores
     import tables
 
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
+    monkeypatch.setattr(prefixes, "PATH", tmp_path / "exposure.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
-    yield type("Modules", (), {"plan": plan, "finals": finals, "scores": scores, "tables": tables})
+    yield type(
+        "Modules", (), {"plan": plan, "finals": finals, "prefixes": prefixes, "scores": scores, "tables": tables}
+    )
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -265,3 +269,33 @@ def test_scores_on_teacher_answers_are_the_sums_of_divergences(modules):
     np.testing.assert_allclose(found["nll_sum"], expected.nll, rtol=1e-4)
     assert found["agreement_sum"] == expected.agreement_top1.tolist()
     assert found["num_tokens"] == expected.num_tokens.tolist()
+
+
+def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypatch):
+    monkeypatch.setattr(modules.plan, "FROZEN", (modules.plan.OURS,))
+    prefixes, random, teacher = modules.prefixes, np.random.default_rng(0), tiny_llama(seed=0)
+    pairs = [(random.integers(1, 48, 3 + i), random.integers(1, 48, 5)) for i in range(6)]
+    setup = SimpleNamespace(
+        tokenizer=range(48),
+        teacher=SimpleNamespace(model=teacher),
+        stores={"train": SimpleNamespace(end_token_ids=(0,))},
+        held_out_pairs=pairs,
+        recipe=SimpleNamespace(capture=SimpleNamespace(max_new_tokens=5)),
+    )
+    loaded = []
+
+    def load(name: str, method: Any, seed: int, dtype: str) -> Any:
+        loaded.append((name, seed, dtype))
+        return tiny_llama(seed=1 + len(loaded))
+
+    ours = f"{modules.plan.OURS}, learning rate 0.0003"
+    prefixes.run(setup, load)
+    prefixes.run(setup, load)  # goes on from the JSON
+    assert loaded == [("start", 0, "float32"), (ours, 0, "float32")] and prefixes.missing() == {}
+    curves = json.loads(prefixes.PATH.read_text())["curves"]
+    assert all(len(curve["kl_own_prefixes"]) == len(curve["kl_teacher_prefixes"]) > 0 for curve in curves)
+    lines = prefixes.section(prefixes.PATH, "exposure.svg").splitlines()
+    cells = next(line for line in lines if line.startswith(f"| {ours}")).strip("| ").split(" | ")
+    own, on_teachers, excess = float(cells[2]), float(cells[3]), float(cells[4].split()[0])
+    assert own > 0 and excess == pytest.approx(own / on_teachers - 1, abs=2e-3)
+    assert ours in prefixes.chart(prefixes.PATH)

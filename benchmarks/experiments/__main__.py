@@ -5,6 +5,7 @@
     python benchmarks/experiments --estimate  # only say how long it would take
     python benchmarks/experiments --times     # only measure what a step and a captured token cost
     python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
+    python benchmarks/experiments exposure    # exposure bias of the same students; never without this name
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -28,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
 import finals
+import prefixes
 from claims import FINE_TUNED, Claims, claims, references_of
 from plan import (
     BASE,
@@ -286,10 +288,12 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
     names = options.names or list(EXPERIMENTS)
-    if unknown := set(names) - {*EXPERIMENTS, "tests"}:
-        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}, tests")
+    if unknown := set(names) - {*EXPERIMENTS, "tests", "exposure"}:
+        there = ", ".join([*EXPERIMENTS, "tests", "exposure"])
+        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {there}")
     looks = len(finals.missing()) if "tests" in names else 0
-    names = [name for name in names if name != "tests"]
+    curves = len(prefixes.missing()) if "exposure" in names else 0
+    names = [name for name in names if name in EXPERIMENTS]
     for name in names:
         print(
             f"{name}: {len(missing(name, options.only))} units left, about "
@@ -297,7 +301,9 @@ def main() -> None:
             flush=True,
         )
     if looks:
-        print(f"tests: {looks} looks left, a few minutes each", flush=True)
+        print(f"tests: {looks} looks left, a minute each and three for each student to train", flush=True)
+    if curves:
+        print(f"exposure: {curves} students left, three minutes each", flush=True)
     if options.estimate:
         return
     if options.data is None:
@@ -308,6 +314,8 @@ def main() -> None:
         return
     if looks:
         finals.run(experiments.setup(BASE), experiments.data, experiments.load)
+    if curves:
+        prefixes.run(experiments.setup(BASE), experiments.load)
     for name in names:
         for what, key, method, seed in missing(name, options.only):
             row = experiments.untrained(what, key) if method is None else experiments.run(what, key, method, seed)

@@ -1,0 +1,100 @@
+"""Exposure bias of the students that meet the test sets, on the screening prompts.
+
+    python benchmarks/experiments exposure
+
+Each frozen method's student of the first training seed, and the start, answer with one sampling seed; the divergence
+from the teacher along these answers is compared with that along the teacher's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finals import Load
+from plan import BASE, RESULTS, SCREENING_SEEDS, Method, frozen
+from scores import TOP_P
+from setups import Setup
+
+from tdistill.evaluation.exposure import PositionSums, exposure, kl_by_position
+from tdistill.evaluation.generation import sample_answers
+from tdistill.reports.plots import curves_chart
+from tdistill.reports.write import write_atomically
+
+PATH = RESULTS / "exposure.json"
+SEED = SCREENING_SEEDS[0]
+
+
+def missing() -> dict[str, Method | None]:
+    """Students without a curve: the start and the frozen ones."""
+    done = {curve["subject"] for curve in _curves()}
+    return {name: method for name, method in {"start": None, **frozen()}.items() if name not in done}
+
+
+def run(setup: Setup, load: Load) -> None:
+    """Measure what is missing and write each curve down."""
+    pairs, vocab_size = setup.held_out_pairs, len(setup.tokenizer)
+    for name, method in missing().items():
+        student = load(name, method, 0, "float32")
+        answers, _ = sample_answers(
+            student,
+            [prompt for prompt, _ in pairs],
+            end_token_ids=setup.stores["train"].end_token_ids,
+            vocab_size=vocab_size,
+            max_new_tokens=setup.recipe.capture.max_new_tokens,
+            top_p=TOP_P,
+            seed=SEED,
+            batch_size=64,
+        )
+        own_pairs = [(prompt, answer.token_ids) for (prompt, _), answer in zip(pairs, answers, strict=True)]
+        own, teacher = (
+            PositionSums.gather(
+                kl_by_position(setup.teacher.model, {name: student}, along, vocab_size=vocab_size)[name],
+                range(len(along)),
+                len(along),
+            )
+            for along in (own_pairs, pairs)
+        )
+        curves = [*_curves(), exposure(own, teacher, name).curve.model_dump()]
+        head = f'{{"setup": {json.dumps(BASE.name)}, "sampling_seed": {SEED}, "training_seed": 0, "curves": [\n'
+        write_atomically(PATH, head + ",\n".join(map(json.dumps, curves)) + "\n]}\n")
+        print(f"exposure: {name}", flush=True)
+
+
+def _curves() -> list[dict[str, Any]]:
+    return json.loads(PATH.read_text())["curves"] if PATH.is_file() else []
+
+
+def section(path: Path, figure: str) -> str:
+    """The section of docs/results.md."""
+    content = json.loads(path.read_text())
+    lines = [
+        "| | length | KL on own prefixes | KL on the teacher's | excess accumulated error |",
+        "|---" + "|---:" * 4 + "|",
+    ]
+    for curve in content["curves"]:
+        last = curve["points"][-1]
+        length = last["length"]
+        own, teacher = (sum(curve[key][:length]) / length for key in ("kl_own_prefixes", "kl_teacher_prefixes"))
+        interval = "" if last["low"] is None else f" [{last['low']:.3f}, {last['high']:.3f}]"
+        lines.append(f"| {curve['subject']} | {length} | {own:.3f} | {teacher:.3f} | {last['value']:.3f}{interval} |")
+    table = "\n".join(lines)
+    return (
+        f"## Exposure bias\n\nFrom `{path}`, which `python benchmarks/experiments exposure` makes: students of "
+        f"training seed {content['training_seed']} on the 200 screening prompts, sampling seed "
+        f"{content['sampling_seed']}, against the teacher's answers to the same prompts. KL(teacher‖student), nats per "
+        "token, mean over the positions up to the length; the excess is the share by which it is larger on the "
+        "student's own prefixes (MiniLLM's excess accumulated error), 95 % intervals over prompts. Below 0: the "
+        f"student's own prefixes are easier for it than the teacher's.\n\n{table}\n\n![Exposure bias]({figure})\n"
+    )
+
+
+def chart(path: Path) -> str:
+    """Divergence over position on either kind of prefix, and the excess."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for curve in json.loads(path.read_text())["curves"]:
+        for key, title in (("kl_own_prefixes", "KL on own prefixes"), ("kl_teacher_prefixes", "on the teacher's")):
+            values = curve[key]
+            panels.setdefault(title, {})[curve["subject"]] = ([float(t + 1) for t in range(len(values))], values)
+    return curves_chart("exposure", "Exposure bias", "position in the answer", panels)
