@@ -33,6 +33,7 @@ import prefixes
 from claims import FINE_TUNED, Claims, claims, references_of
 from plan import (
     BASE,
+    BUDGET,
     EXPERIMENTS,
     METHODS,
     RESULTS,
@@ -250,11 +251,35 @@ def asking(teacher: Any, setup: Setup) -> dict[str, Any]:
 
 
 def measure_times(experiments: Experiments) -> None:
-    """Write what a step of each method costs, and a captured token, with nothing else running."""
+    """Write what a step of each method costs, and a captured token, with nothing else running.
+
+    What was measured before stays. The steps of a method that came later are measured in turns with those of the
+    method whose steps are the budget, and counted by their ratio, so that another machine does not count as another
+    method.
+    """
+    found = times()
+    if "models" not in found:
+        found = {"environment": environment(), "threads": torch.get_num_threads(), "allocator": ALLOCATOR,
+                 **sizes_and_asking(experiments), "step_s": {}, "rounds_s": {}}  # fmt: skip
+    new = [name for name in TIMED if len(found["rounds_s"].get(name, [])) < TIMED_ROUNDS]
+    before = None if BUDGET in new else found["step_s"][BUDGET]
+    # One method after another, and that again: a machine that slows down meanwhile slows down all of them.
+    for i in range(TIMED_ROUNDS if new else 0):
+        scale = 1.0 if before is None else before / experiments.step_s(BASE, METHODS[BUDGET])
+        for name in new:
+            rounds = found["rounds_s"].setdefault(name, [])
+            if len(rounds) <= i:
+                rounds.append(scale * experiments.step_s(BASE, METHODS[name]))
+                print(f"{name}: {rounds[-1]:.2f} s a step", flush=True)
+        found["step_s"] = {name: float(np.median(rounds)) for name, rounds in found["rounds_s"].items()}
+        write_atomically(RESULTS / "times.json", json.dumps(found, indent=1) + "\n")
+
+
+def sizes_and_asking(experiments: Experiments) -> dict[str, Any]:
+    """Size and speed of teacher and student, and what asking the teacher costs."""
     setup = experiments.setup(BASE)
-    teacher = setup.teacher
     prompts = [prompt.prompt_ids for prompt in setup.prompts("held_out")[:3]]
-    models = {"teacher": teacher.model, "student": load_causal_lm(experiments.healed(BASE), dtype="float32")}
+    models = {"teacher": setup.teacher.model, "student": load_causal_lm(experiments.healed(BASE), dtype="float32")}
     sizes = {
         name: {
             "num_parameters": num_parameters(model),
@@ -263,18 +288,8 @@ def measure_times(experiments: Experiments) -> None:
         }
         for name, model in models.items()
     }
-    found: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "allocator": ALLOCATOR,
-                             "models": sizes, "captured": asking(teacher, setup),
-                             "scored": asking(teacher, experiments.setup(references_of(BASE))), "step_s": {},
-                             "rounds_s": times().get("rounds_s", {})}  # fmt: skip
-    # One method after another, and that again: a machine that slows down meanwhile slows down all of them.
-    for _ in range(TIMED_ROUNDS - min((len(r) for r in found["rounds_s"].values()), default=0)):
-        for name in TIMED:
-            rounds = found["rounds_s"].setdefault(name, [])
-            rounds.append(experiments.step_s(BASE, METHODS[name]))
-            print(f"{name}: {rounds[-1]:.2f} s a step", flush=True)
-        found["step_s"] = {name: float(np.median(rounds)) for name, rounds in found["rounds_s"].items()}
-        write_atomically(RESULTS / "times.json", json.dumps(found, indent=1) + "\n")
+    return {"models": sizes, "captured": asking(setup.teacher, setup),
+            "scored": asking(setup.teacher, experiments.setup(references_of(BASE)))}  # fmt: skip
 
 
 def main() -> None:

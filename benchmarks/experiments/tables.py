@@ -9,7 +9,21 @@ from typing import Any
 
 import numpy as np
 from claims import Claims
-from plan import BASE, CHOSEN, EXPERIMENTS, FIRST, METHODS, OURS, START_OF_TESTS, asked_s, at_rate, times
+from plan import (
+    BASE,
+    BUDGET,
+    CHOSEN,
+    COST_ONE,
+    EXPERIMENTS,
+    FIRST,
+    METHODS,
+    OURS,
+    START_OF_TESTS,
+    asked_s,
+    at_cost_one,
+    at_rate,
+    times,
+)
 
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -94,7 +108,7 @@ def teacher_rows(path: Path, rows: _Rows, setups: list[Claims]) -> _Rows:
 def cost_rows(path: Path) -> _Rows:
     """Rows of equal cost with those of the main table that belong to them: the default's, and the untrained."""
     main = json.loads(path.with_name("e1.json").read_text())["rows"]
-    ours = f"{OURS}, learning rate"
+    ours = tuple(f"{name}, learning rate" for name in COST_ONE)
     shared = [row for row in main if row["method"] in _UNTRAINED or row["method"].startswith(ours)]
     return shared + json.loads(path.read_text())["rows"]
 
@@ -157,10 +171,10 @@ def _reach(rows: _Rows) -> list[str]:
 
 def equal_cost(path: Path) -> str:
     """Table of the methods at equal cost and their chosen rates, for the README."""
-    names = {at_rate(name, rate)[0] + ("" if name == OURS else ", cost 1"): name for name, rate in CHOSEN.items()}
     ours = "iq_learn on scored references"
-    names |= {"teacher": "teacher", "start": "start, common to all", at_rate(OURS, CHOSEN[OURS])[0]: ours}
-    names |= {f"{at_rate(FIRST, CHOSEN[FIRST])[0]}, cost 1": "iq_learn on the teacher's answers"}
+    shown = {OURS: ours, FIRST: "iq_learn, expected, on answers", BUDGET: "iq_learn, expected, on scored references"}
+    names = {at_cost_one(name): shown.get(name, name) for name in CHOSEN}
+    names |= {"teacher": "teacher", "start": "start, common to all"}
     rows = _by_method([row | {"method": names[row["method"]]} for row in cost_rows(path) if row["method"] in names])
     values = {name: measured(mine, "rouge_l") for name, mine in rows.items()}
     draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
