@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import prefixes
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import cost_figure, equal_cost, experiment_section, paper_section, tests_section
+from tables import cost_figure, equal_cost, experiment_section, paper_section, test_scores, tests_section
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -119,10 +119,13 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
 def readme(text: str) -> str:
     """README.md with its tables made new."""
     demo = markdown_table(read_results(RESULTS / "demo.json"))
-    costs = RESULTS / "experiments" / "e8.json"
+    costs, tests = (RESULTS / "experiments" / f"{name}.json" for name in ("e8", "tests"))
+    scores, where = test_scores(tests), f"`{tests}`: Rouge-L to references on the test sets"
+    if not scores:
+        scores = equal_cost(costs)
+        where = f"`{costs}` and `e1.json`: Rouge-L to references, 200 screening prompts of the dev file"
     tables = {
-        "methods": f"At equal cost of training, from `{costs}` and `e1.json`: Rouge-L to references, 200 screening "
-        f"prompts of the dev file:\n\n{equal_cost(costs)}",
+        "methods": f"At equal cost of training, from {where}:\n\n{scores}",
         "results": f"`make demo`, from `{RESULTS}/demo.json`:\n\n{demo}",
         "costs": f"`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}",
     }

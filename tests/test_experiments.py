@@ -164,6 +164,11 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert [cell.split()[0] for cell in other[5:8]] == ["-0.0100"] * 3 and ours[5] == "–"
     low, high = (float(end.strip("[],")) for end in other[7].split()[1:])
     assert low < -0.01 < high
+    short = [line.strip("| ").split(" | ") for line in modules.tables.test_scores(path).splitlines()]
+    assert [line[0] for line in short[2:]] == ["iq_learn on scored references", "teacher", "seqkd"]
+    assert short[0][-2] == "mean less that of iq_learn on scored references"
+    assert short[-1][1:] == [*other[1:5], other[7], other[8].strip()]
+    assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 
 def test_what_a_score_costs_is_the_cheapest_row_of_the_default_that_has_it(modules, monkeypatch):

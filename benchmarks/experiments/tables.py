@@ -36,6 +36,13 @@ _METRICS = _SAMPLED | _TOKENS
 # Of the sampled answers, to be read beside their scores: heading and format of the mean.
 _ANSWERS = {"length": ("tokens", ".1f"), "terminated": ("ended", ".0%"), "distinct_2": ("distinct-2", ".2f")}
 _UNTRAINED = ("start", START_OF_TESTS, "teacher")
+# Names in the README, where no row tells a form of the default from another.
+_SHOWN = {
+    OURS: "iq_learn on scored references",
+    BUDGET: "iq_learn, expected, on scored references",
+    FIRST: "iq_learn, expected, on answers",
+    "start": "start, common to all",
+}
 _Rows = list[dict[str, Any]]
 
 
@@ -171,10 +178,9 @@ def _reach(rows: _Rows) -> list[str]:
 
 def equal_cost(path: Path) -> str:
     """Table of the methods at equal cost and their chosen rates, for the README."""
-    ours = "iq_learn on scored references"
-    shown = {OURS: ours, FIRST: "iq_learn, expected, on answers", BUDGET: "iq_learn, expected, on scored references"}
-    names = {at_cost_one(name): shown.get(name, name) for name in CHOSEN}
-    names |= {"teacher": "teacher", "start": "start, common to all"}
+    names = {at_cost_one(name): _SHOWN.get(name, name) for name in CHOSEN}
+    names |= {"teacher": "teacher", "start": _SHOWN["start"]}
+    ours = _SHOWN[OURS]
     rows = _by_method([row | {"method": names[row["method"]]} for row in cost_rows(path) if row["method"] in names])
     values = {name: measured(mine, "rouge_l") for name, mine in rows.items()}
     draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
@@ -182,7 +188,7 @@ def equal_cost(path: Path) -> str:
     for name in sorted(values, key=lambda name: -values[name].value):
         value, mine = values[name].value, rows[name]
         gap = percentile_interval(value - values[ours].value, draws[name] - draws[ours], _LEVEL)
-        untrained = name in ("teacher", names["start"])
+        untrained = name in ("teacher", _SHOWN["start"])
         lines.append(
             [
                 name,
@@ -198,18 +204,41 @@ def equal_cost(path: Path) -> str:
 def tests_section(path: Path) -> str:
     """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
     content = json.loads(path.read_text())
-    rows, sets = looks_complete(content["rows"]), list(dict.fromkeys(row["set"] for row in content["rows"]))
-    if not any(row["method"].startswith(OURS) for row in rows):
+    if not (lines := _test_lines(content["rows"])):
         return ""
+    seeds = sorted({row["sampling_seed"] for row in content["rows"]})
     parts = [
         "## Test sets, equal cost",
         "",
         f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
-        f"top-p 0.8, sampling seeds {', '.join(str(s) for s in sorted({row['sampling_seed'] for row in rows}))}. Each "
+        f"top-p 0.8, sampling seeds {', '.join(map(str, seeds))}. Each "
         "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
         f"set by themselves, and training seeds; differences are paired. Weights in {content['dtype']} for sampling.",
         "",
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+        "",
     ]
+    return "\n".join(parts)
+
+
+def test_scores(path: Path) -> str:
+    """The table of the test sets with the difference of the mean alone, for the README."""
+    lines = _test_lines(json.loads(path.read_text())["rows"]) if path.is_file() else []
+    num_scores = lines[0].index("mean") + 1 if lines else 0
+    short = [[*cells[:num_scores], *cells[-2:]] for cells in lines]
+    if short:
+        short[0][-2] = f"mean less that of {_SHOWN[OURS]}"
+    for cells in short[2:]:
+        name = cells[0] if cells[0] in _UNTRAINED else _method_of(cells[0])
+        cells[0] = _SHOWN.get(name, name)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in short)
+
+
+def _test_lines(looks: _Rows) -> list[list[str]]:
+    """Lines of the table of the test sets; none before the default was looked at on all of them."""
+    rows, sets = looks_complete(looks), list(dict.fromkeys(row["set"] for row in looks))
+    if not any(row["method"].startswith(OURS) for row in rows):
+        return []
     values: dict[str, dict[str, Measured]] = {}
     for name in sets:
         for method, mine in _by_method([row for row in rows if row["set"] == name]).items():
@@ -221,10 +250,10 @@ def tests_section(path: Path) -> str:
     points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
     drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
     ours = next(method for method in methods if method.startswith(OURS))
-    less = [f"{name} less that of {ours}" for name in [*sets, "mean"]]
-    head = ["", "seeds", *sets, "mean", *less, "share of the teacher's"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for method in methods:
+    less = [f"{name} less that of {OURS}" for name in [*sets, "mean"]]
+    lines = [["", "seeds", *sets, "mean", *less, "share of the teacher's"]]
+    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    for method in sorted(methods, key=lambda method: -points[method].mean()):
         both = [(points[method], drawn[method], ""), (points[method] - points[ours], drawn[method] - drawn[ours], "+")]
         cells = [str(len(values[sets[0]][method].sums_RPS))]
         for point, of_draws, sign in both:
@@ -233,8 +262,7 @@ def tests_section(path: Path) -> str:
                 cells.append("–" if sign and method == ours else shown)
         share = points[method].mean() / points["teacher"].mean() if "teacher" in points else float("nan")
         lines.append([method, *cells, f"{share:.1%}"])
-    parts += ["\n".join("| " + " | ".join(cells) + " |" for cells in lines), ""]
-    return "\n".join(parts)
+    return lines
 
 
 def looks_complete(rows: _Rows) -> _Rows:
