@@ -133,7 +133,7 @@ def test_a_frozen_recipe_is_looked_at_once_and_does_not_change(modules, monkeypa
     written(finals._recipe(method))
     assert finals.missing() == looks[1:]
     written("another")
-    with pytest.raises(SystemExit, match="start, seed 0 was looked at on dolly with another recipe"):
+    with pytest.raises(SystemExit, match=f"{name}, seed 0 was looked at on dolly with another recipe"):
         finals.missing()
 
 

@@ -38,15 +38,12 @@ Load = Callable[[str, Method | None, int, str], Any]
 
 def looks() -> Iterator[tuple[str, Method | None, int, str, int]]:
     """Row, its method, training seed, test set and sampling seed; a training is done with before the next begins."""
-    rows: list[tuple[str, Method | None, int]] = [
-        (name, method, seed)
-        for seed in range(NUM_SEEDS)
-        for name, method in frozen().items()
-        if seed < method.num_seeds
-    ]
-    if rows:
-        untrained: list[tuple[str, Method | None, int]] = [("start", None, 0), ("teacher", None, 0)]
-        rows = untrained + rows
+    methods = frozen()
+    rows: list[tuple[str, Method | None, int]] = []
+    for seed in range(NUM_SEEDS):
+        rows += [(name, method, seed) for name, method in methods.items() if seed < method.num_seeds]
+        if seed == 0 and methods:
+            rows += [("start", None, 0), ("teacher", None, 0)]
     for name, method, seed in rows:
         for sampling_seed in SAMPLING_SEEDS:
             for test_set in TEST_SETS:
