@@ -19,6 +19,7 @@ from tdistill.reports.write import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import decoding
 import prefixes
 from plan import EXPERIMENTS
 from table import comparison_section
@@ -64,6 +65,8 @@ def page() -> str:
     exposure = RESULTS / "experiments" / "exposure.json"
     if exposure.is_file():
         parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
+    if (RESULTS / "experiments" / "decoding.json").is_file():
+        parts.append(decoding.section(RESULTS / "experiments" / "decoding.json"))
     batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())

@@ -27,6 +27,7 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(ROOT)
     for folder in ("objectives", "experiments"):
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
+    import decoding
     import finals
     import plan
     import prefixes
@@ -36,10 +37,9 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
     monkeypatch.setattr(prefixes, "PATH", tmp_path / "exposure.json")
+    monkeypatch.setattr(decoding, "PATH", tmp_path / "decoding.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
-    yield type(
-        "Modules", (), {"plan": plan, "finals": finals, "prefixes": prefixes, "scores": scores, "tables": tables}
-    )
+    yield SimpleNamespace(decoding=decoding, finals=finals, plan=plan, prefixes=prefixes, scores=scores, tables=tables)
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -305,3 +305,32 @@ def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypa
     own, on_teachers, excess = float(cells[2]), float(cells[3]), float(cells[4].split()[0])
     assert own > 0 and excess == pytest.approx(own / on_teachers - 1, abs=2e-3)
     assert ours in prefixes.chart(prefixes.PATH)
+
+
+def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
+    decoding, plan = modules.decoding, modules.plan
+    monkeypatch.setattr(plan, "FROZEN", (plan.OURS, "minillm"))
+    write_times(plan, 2.0, minillm=8.0)
+    ours, other = f"{plan.OURS}, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"
+    scores = {(ours, 0.8): 0.2, (ours, 0.5): 0.3, (ours, 0.2): 0.25, (other, 0.8): 0.1, (other, 0.5): 0.2,
+              (other, 0.2): 0.28}  # fmt: skip
+
+    def answers(setup: Any, model: str, seeds: Any, top_p: float) -> dict[str, Any]:
+        score = scores.get((model, top_p), 0.0)
+        return {"rouge_l": [[score, score + 0.1]] * 2, "distinct_2": [[0.5, 0.7]] * 2}
+
+    monkeypatch.setattr(decoding, "screened_answers", answers)
+    loaded = []
+
+    def load(name: str, *which: Any) -> str:
+        loaded.append((name, *which[1:]))
+        return name
+
+    decoding.run(None, load)
+    assert decoding.missing() == [] and loaded[0] == (ours, 0, "bfloat16")
+    assert [name for name, *_ in loaded] == [ours, other, "start", "teacher"]
+    lines = [line.strip("| ").split(" | ") for line in decoding.section(decoding.PATH).splitlines()]
+    cells = {line[0]: line[1:] for line in lines if len(line) > 3}
+    assert [cell.split()[0] for cell in cells[ours][:3]] == ["0.2500", "0.3500", "0.3000"] and cells[ours][3] == "–"
+    # 0.28 at 0.2 against 0.3 at 0.5, the same for every prompt.
+    assert cells[other][3] == "-0.0200 [-0.0200, -0.0200]" and cells[other][4] == "0.60"

@@ -6,6 +6,7 @@
     python benchmarks/experiments --times     # only measure what a step and a captured token cost
     python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
     python benchmarks/experiments exposure    # exposure bias of the same students; never without this name
+    python benchmarks/experiments decoding    # the same students at smaller top-p; never without this name
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
+import decoding
 import finals
 import prefixes
 from claims import FINE_TUNED, Claims, claims, references_of
@@ -60,6 +62,8 @@ from tdistill.types import PromptTokens
 # teacher in memory (prompts not counted), and generation.
 TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 250.0, 180.0, 160.0
 TIMED_ROUNDS = 3
+# More about the students that meet the test sets, on the screening prompts.
+STUDIES = {"exposure": prefixes, "decoding": decoding}
 # Without these, glibc gives each large tensor back to the system and asks for it again, page by page. The methods that
 # allocate most would then cost more than they do where memory is kept, as on any GPU.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
@@ -303,11 +307,11 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only print how long it would take")
     options = parser.parse_args()
     names = options.names or list(EXPERIMENTS)
-    if unknown := set(names) - {*EXPERIMENTS, "tests", "exposure"}:
-        there = ", ".join([*EXPERIMENTS, "tests", "exposure"])
-        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {there}")
+    there = [*EXPERIMENTS, "tests", *STUDIES]
+    if unknown := set(names) - set(there):
+        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     looks = len(finals.missing()) if "tests" in names else 0
-    curves = len(prefixes.missing()) if "exposure" in names else 0
+    studies = [name for name in STUDIES if name in names]
     names = [name for name in names if name in EXPERIMENTS]
     for name in names:
         print(
@@ -317,8 +321,8 @@ def main() -> None:
         )
     if looks:
         print(f"tests: {looks} looks left, a minute each and three for each student to train", flush=True)
-    if curves:
-        print(f"exposure: {curves} students left, three minutes each", flush=True)
+    for name in studies:
+        print(f"{name}: {len(STUDIES[name].missing())} rows left, a minute or three each", flush=True)
     if options.estimate:
         return
     if options.data is None:
@@ -329,8 +333,8 @@ def main() -> None:
         return
     if looks:
         finals.run(experiments.setup(BASE), experiments.data, experiments.load)
-    if curves:
-        prefixes.run(experiments.setup(BASE), experiments.load)
+    for name in studies:
+        STUDIES[name].run(experiments.setup(BASE), experiments.load)
     for name in names:
         for what, key, method, seed in missing(name, options.only):
             row = experiments.untrained(what, key) if method is None else experiments.run(what, key, method, seed)

@@ -53,6 +53,7 @@ def of_answers(
     references: dict[str, tuple[str, ...]],
     teachers: dict[str, str],
     seeds: tuple[int, ...],
+    top_p: float = TOP_P,
 ) -> dict[str, list[list[float]]]:
     """Of sampled answers, a list per seed, in it a number per prompt.
 
@@ -63,6 +64,7 @@ def of_answers(
         references: prompt id → texts by people.
         teachers: prompt id → the teacher's stored answer, or none.
         seeds: sampling seeds.
+        top_p: mass of the sets that answers are sampled from.
     Returns:
         ``rouge_l`` (F1 to the references), ``rouge_l_teacher`` (to the teacher's answer, where there are any),
         ``length`` (tokens), ``terminated`` (0 or 1) and ``distinct_2`` (share of the bigrams; 1 where there are none).
@@ -75,7 +77,7 @@ def of_answers(
             end_token_ids=setup.stores["train"].end_token_ids,
             vocab_size=len(setup.tokenizer),
             max_new_tokens=setup.recipe.capture.max_new_tokens,
-            top_p=TOP_P,
+            top_p=top_p,
             seed=seed,
             batch_size=64,
         )
@@ -98,12 +100,19 @@ def of_answers(
 
 def screening(setup: Setup, model: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Everything that is measured on the screening prompts."""
+    return on_teacher_answers(setup, model) | screened_answers(setup, model, seeds)
+
+
+def screened_answers(
+    setup: Setup, model: Any, seeds: tuple[int, ...], top_p: float = TOP_P
+) -> dict[str, list[list[float]]]:
+    """What is measured of sampled answers to the screening prompts."""
     store = setup.stores["held_out"]
     rows = [store[i] for i in range(len(store))]
     teachers = {row.prompt_id: setup.tokenizer.decode(row.response_ids, skip_special_tokens=True) for row in rows}
     prompts = [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
     references = {record.prompt_id: record.references for record in setup.run.records("held_out")}
-    return on_teacher_answers(setup, model) | of_answers(setup, model, prompts, references, teachers, seeds)
+    return of_answers(setup, model, prompts, references, teachers, seeds, top_p)
 
 
 def _distinct(token_ids: np.ndarray) -> float:

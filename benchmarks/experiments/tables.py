@@ -260,8 +260,8 @@ def _test_lines(looks: _Rows) -> list[list[str]]:
             for value, of_value in [*zip(point, of_draws, strict=True), (point.mean(), of_draws.mean(0))]:
                 shown = _shown(percentile_interval(float(value), of_value, _LEVEL), sign)
                 cells.append("–" if sign and method == ours else shown)
-        share = points[method].mean() / points["teacher"].mean() if "teacher" in points else float("nan")
-        lines.append([method, *cells, f"{share:.1%}"])
+        share = f"{points[method].mean() / points['teacher'].mean():.1%}" if "teacher" in points else "–"
+        lines.append([method, *cells, share])
     return lines
 
 

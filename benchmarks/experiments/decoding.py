@@ -1,0 +1,84 @@
+"""Whether a lead is one of decoding: the students that meet the test sets, sampled from smaller sets.
+
+    python benchmarks/experiments decoding
+
+Rouge-L rewards likely tokens. A method that concentrates the student's mass could owe its lead to that, and then
+another student would have the same score at a smaller top-p.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finals import DTYPE, Load
+from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, frozen
+from scores import TOP_P, screened_answers
+from setups import Setup
+
+from tdistill.reports.write import write_atomically
+from tdistill.resampling import Measured, percentile_interval, resample
+
+PATH = RESULTS / "decoding.json"
+TOP_PS = (TOP_P, 0.5, 0.2)
+
+
+def missing() -> list[tuple[str, Method | None, float]]:
+    """Students and top-p without a row, one student after another."""
+    done = {(row["method"], row["top_p"]) for row in _rows()}
+    models = {**frozen(), "start": None, "teacher": None}
+    return [(name, method, p) for name, method in models.items() for p in TOP_PS if (name, p) not in done]
+
+
+def run(setup: Setup, load: Load) -> None:
+    """Measure what is missing and write each row down."""
+    model, loaded = None, None
+    for name, method, top_p in missing():
+        if loaded != name:
+            model, loaded = load(name, method, 0, DTYPE), name
+        row = {"method": name, "top_p": top_p, **screened_answers(setup, model, SCREENING_SEEDS, top_p)}
+        lines = ",\n".join(map(json.dumps, [*_rows(), row]))
+        write_atomically(PATH, f'{{"setup": {json.dumps(BASE.name)}, "training_seed": 0, "rows": [\n{lines}\n]}}\n')
+        print(f"decoding: {name}, top-p {top_p:g}: Rouge-L {np.mean(row['rouge_l']):.4f}", flush=True)
+
+
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(PATH.read_text())["rows"] if PATH.is_file() else []
+
+
+def section(path: Path) -> str:
+    """The section of docs/results.md."""
+    rows = json.loads(path.read_text())["rows"]
+    values = {
+        (row["method"], row["top_p"]): Measured(
+            np.transpose(row["rouge_l"])[None], np.ones((1, len(row["rouge_l"][0])))
+        )
+        for row in rows
+    }
+    draws = dict(zip(values, resample(list(values.values()), 0), strict=True))
+    best = {name: max((at for at in values if at[0] == name), key=lambda at: values[at].value) for name, _ in values}
+    ours = next((at for name, at in best.items() if name.startswith(OURS)), None)
+    head = ["", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best", f"distinct-2 at {TOP_PS[-1]:g}"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, at_best in best.items():
+        cells = [_shown(values[name, p].value, draws[name, p]) if (name, p) in values else "–" for p in TOP_PS]
+        gap = "–"
+        if ours is not None and at_best != ours:
+            gap = _shown(values[at_best].value - values[ours].value, draws[at_best] - draws[ours], "+")
+        distinct = next((r["distinct_2"] for r in rows if (r["method"], r["top_p"]) == (name, TOP_PS[-1])), None)
+        lines.append([name, *cells, gap, "–" if distinct is None else f"{np.mean(distinct):.2f}"])
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return (
+        f"## Smaller sets at decoding\n\nFrom `{path}`, which `python benchmarks/experiments decoding` makes: Rouge-L "
+        "to references of the students of training seed 0 on the 200 screening prompts, temperature 1, two sampling "
+        f"seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from when it answers, at no cost; "
+        "the last difference compares each at the best of these top-p, paired, 95 % over prompts.\n\n"
+        f"{table}\n"
+    )
+
+
+def _shown(value: float, draws: np.ndarray, sign: str = "") -> str:
+    interval = percentile_interval(value, draws, 0.95)
+    return f"{value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
