@@ -17,6 +17,7 @@ from finals import DTYPE, Load
 from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, frozen
 from scores import TOP_P, screened_answers
 from setups import Setup
+from tables import with_interval
 
 from tdistill.reports.write import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample
@@ -63,10 +64,16 @@ def section(path: Path) -> str:
     head = ["", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best", f"distinct-2 at {TOP_PS[-1]:g}"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name, at_best in best.items():
-        cells = [_shown(values[name, p].value, draws[name, p]) if (name, p) in values else "–" for p in TOP_PS]
+        cells = [
+            with_interval(percentile_interval(values[at].value, draws[at], 0.95))
+            if (at := (name, p)) in values
+            else "–"
+            for p in TOP_PS
+        ]
         gap = "–"
         if ours is not None and at_best != ours:
-            gap = _shown(values[at_best].value - values[ours].value, draws[at_best] - draws[ours], "+")
+            difference = values[at_best].value - values[ours].value
+            gap = with_interval(percentile_interval(difference, draws[at_best] - draws[ours], 0.95), "+")
         distinct = next((r["distinct_2"] for r in rows if (r["method"], r["top_p"]) == (name, TOP_PS[-1])), None)
         lines.append([name, *cells, gap, "–" if distinct is None else f"{np.mean(distinct):.2f}"])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -77,8 +84,3 @@ def section(path: Path) -> str:
         "the last difference compares each at the best of these top-p, paired, 95 % over prompts.\n\n"
         f"{table}\n"
     )
-
-
-def _shown(value: float, draws: np.ndarray, sign: str = "") -> str:
-    interval = percentile_interval(value, draws, 0.95)
-    return f"{value:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"

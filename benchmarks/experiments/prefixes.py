@@ -91,7 +91,7 @@ def section(path: Path, figure: str) -> str:
 
 
 def chart(path: Path) -> str:
-    """Divergence over position on either kind of prefix, and the excess."""
+    """Divergence over position on either kind of prefix."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for curve in json.loads(path.read_text())["curves"]:
         for key, title in (("kl_own_prefixes", "KL on own prefixes"), ("kl_teacher_prefixes", "on the teacher's")):

@@ -194,8 +194,8 @@ def equal_cost(path: Path) -> str:
                 name,
                 "–" if untrained else str(len(mine)),
                 "–" if untrained else str(mine[0]["steps"]),
-                _shown(percentile_interval(value, draws[name], _LEVEL)),
-                "–" if name == ours else _shown(gap, "+"),
+                with_interval(percentile_interval(value, draws[name], _LEVEL)),
+                "–" if name == ours else with_interval(gap, "+"),
             ]
         )
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
@@ -258,7 +258,7 @@ def _test_lines(looks: _Rows) -> list[list[str]]:
         cells = [str(len(values[sets[0]][method].sums_RPS))]
         for point, of_draws, sign in both:
             for value, of_value in [*zip(point, of_draws, strict=True), (point.mean(), of_draws.mean(0))]:
-                shown = _shown(percentile_interval(float(value), of_value, _LEVEL), sign)
+                shown = with_interval(percentile_interval(float(value), of_value, _LEVEL), sign)
                 cells.append("–" if sign and method == ours else shown)
         share = f"{points[method].mean() / points['teacher'].mean():.1%}" if "teacher" in points else "–"
         lines.append([method, *cells, share])
@@ -342,17 +342,19 @@ def _table(rows: _Rows, costs: Any = None) -> str:
         mine = methods[name]
         cells = [str(len(mine)), *(costs(mine[0]) if costs else [])]
         for metric in _METRICS:
-            shown = _shown(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL))
+            shown = with_interval(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL))
             cells.append(marks[metric].get(name, "{}").format(shown))
         gap = "–"
         if ours and name != ours:
             point = values["rouge_l"][name].value - values["rouge_l"][ours].value
-            gap = _shown(percentile_interval(point, draws["rouge_l"][name] - draws["rouge_l"][ours], _LEVEL), "+")
+            gap = with_interval(
+                percentile_interval(point, draws["rouge_l"][name] - draws["rouge_l"][ours], _LEVEL), "+"
+            )
         share = "–"
         if "teacher" in methods:
             point = values["rouge_l"][name].value / values["rouge_l"]["teacher"].value
             of_draws = draws["rouge_l"][name] / draws["rouge_l"]["teacher"]
-            share = _shown(percentile_interval(point, of_draws, _LEVEL), "", ".1%")
+            share = with_interval(percentile_interval(point, of_draws, _LEVEL), "", ".1%")
         lines.append([name, *cells, gap, share, *(_of_answers(mine, key, form) for key, (_, form) in _ANSWERS.items())])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -383,7 +385,8 @@ def _best_of_ours(methods: dict[str, _Rows]) -> str | None:
     return max(own, key=lambda name: (len(methods[name]), measured(methods[name], "rouge_l").value), default=None)
 
 
-def _shown(interval: Interval, sign: str = "", digits: str = ".4f") -> str:
+def with_interval(interval: Interval, sign: str = "", digits: str = ".4f") -> str:
+    """A value and the ends of its interval; the value alone where the data define none."""
     value, *ends = (
         "" if number is None else format(number, sign + digits)
         for number in (interval.value, interval.low, interval.high)
