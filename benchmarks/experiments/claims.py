@@ -117,7 +117,8 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
         same_answers=work / "claims" / "base" / "run" if replace(what, name="base", layers=15) == Claims() else None,
         facts={"teacher": TEACHER + (", fine-tuned on references" if fine_tuned else ""),
                "student": f"{what.layers} of its layers",
-               "prompts": f"{what.num_train} of {what.train}, at most {MAX_PROMPT_TOKENS} GPT-2 tokens",
+               "prompts": f"{what.num_train} of {what.train}"
+               + (f", at most {MAX_PROMPT_TOKENS} GPT-2 tokens" if "dolly" in what.train else ""),
                "answers": f"at most {MAX_NEW_TOKENS} tokens, {what.answers_per_prompt} to a prompt"},
     )  # fmt: skip
 
@@ -130,11 +131,14 @@ def references_of(what: Claims) -> Claims:
 
 
 def _sample(source: Path, target: Path, count: int, skip: int) -> None:
-    """Prompts ``skip`` to ``skip + count`` of a fixed random order of those that are short and occur once, as JSONL."""
+    """Prompts ``skip`` to ``skip + count`` of a fixed random order of those that are short and occur once, as JSONL.
+
+    Files without token counts (GSM8K, whose prompts are short) are taken whole.
+    """
     if target.is_file():
         return
     short: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in source.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, source.read_text(encoding="utf-8").split("\n")):  # U+2028 ends no line of JSONL
         record = json.loads(line)
         if record.get("gpt2_prompt_tokens", 0) <= MAX_PROMPT_TOKENS:
             short.setdefault((record["instruction"], record["input"]), record)
