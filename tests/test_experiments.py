@@ -77,11 +77,17 @@ def test_what_the_teacher_was_asked_for_buys_steps_of_the_methods_that_do_not_as
     plan, ours = modules.plan, modules.plan.OURS
     monkeypatch.setattr(plan, "CHOSEN", {ours: 3e-4, "sft on references": 3e-4, "minillm": 5e-5, "seqkd": 3e-4})
     found = {k: m.args["max_steps"] for k, m in plan.at_equal_cost().items() if "with capture" in k}
-    # 80 steps of 2 s and 100 s of scores. SeqKD's answers cost 400 s, more than that.
+    # 80 steps of 2 s and 100 s of scores. SeqKD's answers cost 51.2 s a step; all would cost 400 s.
     assert found == {
         "sft on references, learning rate 0.0003, cost 1 with capture": 52,
         "minillm, learning rate 5e-05, cost 1 with capture": 32,
+        "seqkd, learning rate 0.0003, cost 1 with capture": 5,
     }
+    # Half of GKD's batches are its own answers.
+    gkd, seqkd = plan.METHODS["gkd"], plan.METHODS["seqkd"]
+    measured = json.loads(path.read_text())
+    assert [plan.asked_s(gkd, measured, steps) for steps in (1, 10, 100)] == [25.6, 256.0, 400.0]
+    assert [plan.asked_s(seqkd, measured, steps) for steps in (1, 10, None)] == [51.2, 400.0, 400.0]
 
 
 def test_new_times_do_not_pass_old_rows_off_as_equal_cost(modules, monkeypatch):
@@ -171,10 +177,27 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 
+def test_a_row_of_one_training_is_neither_the_best_nor_separated(modules):
+    from tdistill.resampling import Measured, resample
+
+    def row(*trainings: float) -> Measured:
+        return Measured(np.array(trainings)[:, None, None].repeat(4, 1), np.ones((len(trainings), 4)))
+
+    values = {"start": row(0.9), "one": row(0.3), "best": row(0.2, 0.2), "near": row(0.1, 0.25), "far": row(0.1, 0.1)}
+
+    def marks(names: tuple[str, ...]) -> dict[str, str]:
+        chosen = {name: values[name] for name in names}
+        draws = dict(zip(chosen, resample(list(chosen.values()), 0), strict=True))
+        return modules.tables._marks(chosen, draws, more=True)
+
+    assert marks(tuple(values)) == {"best": "**{}**", "one": "≈ {}", "near": "≈ {}"}
+    assert marks(("start", "one")) == {}
+
+
 def test_what_a_score_costs_is_the_cheapest_row_of_the_default_that_has_it(modules, monkeypatch):
     plan, tables = modules.plan, modules.tables
-    write_times(plan, 2.0, minillm=8.0, gkd=4.0)
-    monkeypatch.setattr(tables, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5, "gkd": 3e-4})
+    write_times(plan, 2.0, minillm=8.0, gkd=4.0, seqkd=4.0)
+    monkeypatch.setattr(tables, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5, "gkd": 3e-4, "seqkd": 3e-4})
 
     def row(method: str, steps: int, score: float) -> dict[str, Any]:
         return {"method": method, "seed": 0, "steps": steps, "screening": {"rouge_l": [[score, score]]}}
@@ -193,13 +216,16 @@ def test_what_a_score_costs_is_the_cheapest_row_of_the_default_that_has_it(modul
         row("gkd, learning rate 0.0003, cost 1", 40, 0.15),
         row("gkd, learning rate 0.0003, cost 2", 80, 0.17),
         row("gkd, learning rate 0.001, search", 80, 0.18),  # not at the chosen rate
+        row("seqkd, learning rate 0.0003, cost 1", 40, 0.13),
+        row("seqkd, learning rate 0.0003, search", 30, 0.14),
     ]
     lines = [line.strip("| ").split(" | ") for line in tables._reach(rows)[2].splitlines()[2:]]
     cells = {line[0]: line for line in lines}
-    assert list(cells) == ["gkd", "minillm"]  # the better first
-    # MiniLLM rolls out and asks for nothing beforehand: 160 s against 80 s, and 60 s of scores.
-    assert cells["minillm"][1:] == ["0.1100 (below the start)", "160", "80", "2.0", "1.1"]
-    assert cells["gkd"][1:] == ["0.1700", "320", "not reached", "–", "–"]
+    assert list(cells) == ["gkd", "seqkd", "minillm"]  # the better first
+    # With capture: 60 s of answers, and 60 s of scores.
+    assert cells["seqkd"][1:] == ["2", "0.1400", "120", "80", "1.5", "1.3"]
+    assert cells["gkd"][1:] == ["2", "0.1700", "320", "not reached", "–", "–"]
+    assert cells["minillm"][1:] == ["2", "0.1100", "160", "not above the start", "–", "–"]
 
 
 def test_the_readmes_table_has_the_chosen_rows_of_equal_cost_alone(modules, monkeypatch):
@@ -250,7 +276,7 @@ def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
     paper = ROOT / "benchmarks" / "results" / "experiments" / "paper.json"
     lines = modules.tables.paper_section(paper, tmp_path / "tests.json").splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ") for line in lines if line.startswith("|")}
-    assert cells["Bellman Distill"][1:] == [
+    assert cells["Bellman Distill; here iq_learn on scored references"][1:] == [
         "24.7 / 13.3 / 16.2",
         "25.1 / 11.4 / 14.8",
         "27.8 / 19.5 / 20.7",
@@ -313,7 +339,7 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     write_times(plan, 2.0, minillm=8.0)
     ours, other = f"{plan.OURS}, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"
     scores = {(ours, 0.8): 0.2, (ours, 0.5): 0.3, (ours, 0.2): 0.25, (other, 0.8): 0.1, (other, 0.5): 0.2,
-              (other, 0.2): 0.28}  # fmt: skip
+              (other, 0.2): 0.28, (other, 0.01): 0.27}  # fmt: skip
 
     def answers(setup: Any, model: str, seeds: Any, top_p: float) -> dict[str, Any]:
         score = scores.get((model, top_p), 0.0)
@@ -331,6 +357,6 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     assert [name for name, *_ in loaded] == [ours, other, "start", "teacher"]
     lines = [line.strip("| ").split(" | ") for line in decoding.section(decoding.PATH).splitlines()]
     cells = {line[0]: line[1:] for line in lines if len(line) > 3}
-    assert [cell.split()[0] for cell in cells[ours][:3]] == ["0.2500", "0.3500", "0.3000"] and cells[ours][3] == "–"
+    assert [cell.split()[0] for cell in cells[ours][:3]] == ["0.2500", "0.3500", "0.3000"] and cells[ours][4] == "–"
     # 0.28 at 0.2 against 0.3 at 0.5, the same for every prompt.
-    assert cells[other][3] == "-0.0200 [-0.0200, -0.0200]" and cells[other][4] == "0.60"
+    assert cells[other][4] == "-0.0200 [-0.0200, -0.0200]" and cells[other][5] == "0.60"

@@ -69,6 +69,15 @@ def test_the_variance_over_few_trainings_is_that_of_their_mean():
     assert drawn.var() == pytest.approx(trainings.var(ddof=1) / 3, rel=0.05)
 
 
+def test_rows_on_several_sets_of_prompts_have_the_same_trainings_in_one_resample():
+    trainings = np.array([1.0, 2.0, 4.0])
+    sets = [mean_of(np.repeat(trainings, num).reshape(3, num, 1)) for num in (500, 80)]
+    one, other = (resample([mean_of([[[0.0]] * len(of.counts_RP[0])]), of], 0)[1] for of in sets)
+    assert one == pytest.approx(other)
+    # So the mean over sets is no more certain than one of them.
+    assert ((one + other) / 2).var() == pytest.approx(trainings.var(ddof=1) / 3, rel=0.05)
+
+
 def test_the_variance_over_prompts_and_seeds_is_that_of_the_mean():
     """Of 2,000 sets of 40 prompts and 3 seeds, with as much noise between seeds as between prompts."""
     rng = np.random.default_rng(2)

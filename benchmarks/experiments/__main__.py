@@ -141,8 +141,8 @@ class Experiments:
             partial.rename(folder)
 
     def step_s(self, what: Claims, method: Method) -> float:
-        """Seconds per step with nothing else running: the median of six, or the mean over one round of own answers."""
-        steps = 7 if method.rollouts is None else self.setup(what).rollouts["every"]  # the first of the seven warms up
+        """Seconds per step, nothing else running: the median of seven, or the mean over one round of own answers."""
+        steps = 7 if method.rollouts is None else self.setup(what).rollouts["every"]
         _, measured_times = self.train(what, method, 0, max_steps=steps, eval_strategy="no")
         return measured_times.median_s if method.rollouts is None else measured_times.mean_s
 

@@ -15,6 +15,9 @@ from tdistill.config import Recipe
 # Prompts of at most so many GPT-2 tokens, so that a step is not mostly prompt.
 MAX_PROMPT_TOKENS = 128
 MAX_NEW_TOKENS = 64
+# Response tokens of a step.
+STEP_TOKENS = 512
+ROLLOUTS = {"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32}
 TEACHER = "SmolLM2-135M-Instruct (Q4_1), 30 layers"
 
 
@@ -108,10 +111,10 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
         # The healing that all methods share.
         first_phase={**COMMON, "objective": "sft", "max_steps": what.healing_steps,
                      "learning_rate": what.healing_rate,
-                     "response_tokens_per_batch": 512, "warmup_steps": 10},
-        second_phase={**COMMON, "max_steps": 80, "learning_rate": 3e-4, "response_tokens_per_batch": 512,
+                     "response_tokens_per_batch": STEP_TOKENS, "warmup_steps": 10},
+        second_phase={**COMMON, "max_steps": 80, "learning_rate": 3e-4, "response_tokens_per_batch": STEP_TOKENS,
                       "warmup_steps": 5, "eval_strategy": "steps", "eval_steps": 20},
-        rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
+        rollouts=ROLLOUTS,
         seeds=(0, 1, 2),
         reference_texts=True,
         same_answers=work / "claims" / "base" / "run" if replace(what, name="base", layers=15) == Claims() else None,

@@ -92,7 +92,7 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _recipe(method: Method | None) -> str:
-    """Short digest of everything that a recipe is."""
+    """Short digest of a recipe: its setup, and what its method changes of what all methods share."""
     what = [asdict(BASE), None if method is None else [method.args, method.rollouts, method.references]]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

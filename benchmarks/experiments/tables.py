@@ -16,12 +16,15 @@ from plan import (
     COST_ONE,
     EXPERIMENTS,
     FIRST,
+    FROZEN,
     METHODS,
     OURS,
     START_OF_TESTS,
+    STEPS,
     asked_s,
     at_cost_one,
     at_rate,
+    frozen,
     times,
 )
 
@@ -53,19 +56,22 @@ def experiment_section(path: Path) -> str:
     experiment, second = EXPERIMENTS[name], content["second_phase"]
     shared = {key: value for key, value in facts.items() if len(experiment.groups) == 1 or key == "teacher"}
     length = f"{second['max_steps']} steps" if name != "e8" else "the steps of its row"
-    rate = "the rate chosen for it" if name != "e1" else f"{second['learning_rate']:g} unless the row names another"
+    rate = "the learning rate chosen for it"
+    if name == "e1":
+        rate = f"learning rate {second['learning_rate']:g} unless the row names another"
     parts = [
         f"## {experiment.title}",
         "",
         f"From `{path}`, which `python benchmarks/experiments {name}` makes again and goes on with. "
         f"{'; '.join(f'{key}: {value}' for key, value in shared.items())}. One healed start for all of a setup "
         f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
-        f"for {length} of {second['response_tokens_per_batch']} response tokens, at learning rate {rate}. 200 "
+        f"for {length} of {second['response_tokens_per_batch']} response tokens, at {rate}. 200 "
         f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, "
         "temperature 1, top-p 0.8. "
         "Intervals: 95 %, bootstrap over prompts and training seeds; differences are paired. Bold: the best of a "
-        "column; ≈: its difference to the best has an interval that includes 0. A row of one training seed does not "
-        "say how far another training would be, so nothing separates it.",
+        "column, of the rows with more than one training seed if there are any; ≈: not separated from it, as its "
+        "difference has an interval that includes 0, or it has one training seed, which does not say how far another "
+        "training would be.",
         "",
         *_sizes(),
     ]
@@ -132,8 +138,7 @@ def measured(rows: _Rows, metric: str) -> Measured:
 def cost_figure(path: Path) -> str:
     """Scores over cost, a line per method."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    chosen = {at_rate(name, rate)[0] for name, rate in CHOSEN.items()}
-    rows = _by_method([row for row in cost_rows(path) if row["method"].split(", cost")[0] in chosen])
+    rows = _by_method([row for row in cost_rows(path) if _at_chosen_rate(row["method"]) is not None])
     for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, mine in rows.items():
@@ -145,23 +150,26 @@ def cost_figure(path: Path) -> str:
 
 def _reach(rows: _Rows) -> list[str]:
     """What the best score of each other method cost, beside the least cost at which the default has that score."""
-    chosen = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items()}
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
     for row, mine in _by_method(rows).items():
-        if (name := chosen.get(row.split(", cost")[0])) is not None and not row.endswith("capture"):
-            found.setdefault(name, []).append((_seconds(mine[0]), measured(mine, "rouge_l").value))
+        if (name := _at_chosen_rate(row)) is not None:
+            cost = _seconds(mine[0])
+            asked = asked_s(METHODS[name], times(), mine[0]["steps"])
+            found.setdefault(name, []).append((cost, measured(mine, "rouge_l").value, cost + asked))
     start = next((measured([row], "rouge_l").value for row in rows if row["method"] == "start"), 0.0)
     lines = [
-        ["", "best Rouge-L", "its cost, s", "cost of the default to reach it, s", "times less", "with capture"],
-        ["---"] + ["---:"] * 5,
-    ]
+        ["", "costs tried", "best Rouge-L", "its cost, s", "cost of the default to reach it, s", "times less",
+         "with capture"],
+        ["---"] + ["---:"] * 6,
+    ]  # fmt: skip
     best = {name: max(found[name], key=lambda point: (point[1], -point[0])) for name in found if name != OURS}
-    for name, (cost, score) in sorted(best.items(), key=lambda item: -item[1][1]):
-        cells = [name, f"{score:.4f}" + (" (below the start)" if score < start else ""), f"{cost:.0f}"]
-        if reached := [own for own, of_own in found.get(OURS, []) if of_own >= score]:
-            asked = [asked_s(METHODS[of], times()) for of in (name, OURS)]
-            with_capture = (cost + asked[0]) / (min(reached) + asked[1])
-            cells += [f"{min(reached):.0f}", f"{cost / min(reached):.1f}", f"{with_capture:.1f}"]
+    for name, (cost, score, with_capture) in sorted(best.items(), key=lambda item: -item[1][1]):
+        cells = [name, str(len({point[0] for point in found[name]})), f"{score:.4f}", f"{cost:.0f}"]
+        if score <= start:
+            cells += ["not above the start", "–", "–"]
+        elif reached := [point for point in found.get(OURS, []) if point[1] >= score]:
+            own, _, own_with_capture = min(reached)
+            cells += [f"{own:.0f}", f"{cost / own:.1f}", f"{with_capture / own_with_capture:.1f}"]
         else:
             cells += ["not reached", "–", "–"]
         lines.append(cells)
@@ -169,7 +177,9 @@ def _reach(rows: _Rows) -> list[str]:
         return []
     return [
         f"What a score costs: the best of a method's rows above, at the chosen rate, and the cheapest row of {OURS} "
-        "that has at least that score. Costs as measured, so the ratio is no more exact than the few costs tried.",
+        "that has at least that score; training seeds are averaged where there are more than one. Only the costs in "
+        "the table were tried: the default's cheapest row is an eighth of the budget, and a method with few costs "
+        "might have its score for less. With capture: what the steps read of the teacher's answers or scores is added.",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
@@ -213,12 +223,24 @@ def tests_section(path: Path) -> str:
         f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
         f"top-p 0.8, sampling seeds {', '.join(map(str, seeds))}. Each "
         "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
-        f"set by themselves, and training seeds; differences are paired. Weights in {content['dtype']} for sampling.",
+        f"set by themselves, and training seeds; differences are paired. Weights in {content['dtype']} for sampling. "
+        "Equal cost is that of training; what the teacher was asked for before is left out, which is "
+        f"{_asked_before()}.",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
     ]
     return "\n".join(parts)
+
+
+def _asked_before() -> str:
+    """What the teacher was asked for before the training of the frozen methods, in words."""
+    measured = times()
+    if not {"captured", "scored"} <= measured.keys():
+        return "not measured"
+    costs = {name: asked_s(METHODS[name], measured, frozen()[at_cost_one(name)].args.get("max_steps", STEPS))
+             for name in FROZEN}  # fmt: skip
+    return ", ".join(f"{cost:.0f} s for {name}" for name, cost in costs.items())
 
 
 def test_scores(path: Path) -> str:
@@ -278,13 +300,15 @@ def paper_section(path: Path, tests: Path) -> str:
     rows = looks_complete(json.loads(tests.read_text())["rows"])
     lines = [["", *paper["pairs"], "here, 135M to 81M"], ["---"] + ["---:"] * (len(paper["pairs"]) + 1)]
     for row in paper["rows"]:
-        here = OURS if row["method"] == "bellman_distill" else row["method"]
+        is_papers = row["method"] == "bellman_distill"
+        here = OURS if is_papers else row["method"]
         scores = [
             [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{here}, learning")]
             for name in paper["sets"]
         ]
         shown = " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
-        lines.append([row["name"], *(" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]), shown])
+        name = f"{row['name']}; here {_SHOWN[OURS]}" if is_papers else row["name"]
+        lines.append([name, *(" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]), shown])
     return "\n".join(
         [
             "## Beside the paper's figures",
@@ -293,13 +317,20 @@ def paper_section(path: Path, tests: Path) -> str:
             f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
-            "Alpaca's. "
+            "Alpaca's; and where the paper has Bellman Distill on the teacher's answers, here stands the default of "
+            "iq_learn (α = ∞, in which nothing is temporal) on people's answers scored by the teacher. "
             "Compare the order of a column's rows, not the numbers of two columns.",
             "",
             "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
             "",
         ]
     )
+
+
+def _at_chosen_rate(row: str) -> str | None:
+    """Method of a row of equal cost at the chosen rate, with whatever number of steps."""
+    chosen = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items()}
+    return chosen.get(row.split(", cost")[0].removesuffix(", search"))
 
 
 def _method_of(row: str) -> str:
@@ -315,7 +346,7 @@ def _costs(row: dict[str, Any]) -> list[str]:
     """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
     if row["method"] in _UNTRAINED:
         return ["–", "–", "–"]
-    asked = asked_s(METHODS[_method_of(row["method"])], times())
+    asked = asked_s(METHODS[_method_of(row["method"])], times(), row["steps"])
     cost = _seconds(row)
     return [str(row["steps"]), f"{cost:.0f}", f"{cost + asked:.0f}"]
 
@@ -366,15 +397,21 @@ def _of_answers(rows: _Rows, key: str, form: str) -> str:
 
 
 def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool) -> dict[str, str]:
-    """Formats of the best student of a column and of those that its interval does not separate from it."""
+    """Formats of the best student of a column and of those that are not separated from it.
+
+    No interval says how far another training of a row with one training seed would be, so the best is one with more if
+    there is any, and a row with one is never separated.
+    """
     students = {name: value.value for name, value in values.items() if name not in _UNTRAINED}
     if len(students) < 2:
         return {}
-    best = (max if more else min)(students, key=lambda name: students[name])
+    seeded = [name for name in students if len(values[name].sums_RPS) > 1] or list(students)
+    best = (max if more else min)(seeded, key=lambda name: students[name])
     marks = {best: "**{}**"}
     for name in students.keys() - {best}:
         gap = percentile_interval(students[name] - students[best], draws[name] - draws[best], _LEVEL)
-        if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
+        one_training = name not in seeded or len(values[best].sums_RPS) == 1
+        if one_training or (gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high):
             marks[name] = "≈ {}"
     return marks
 

@@ -15,15 +15,14 @@ from tdistill.training import Rollouts, RolloutSettings, TDistillConfig, TDistil
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, data and rollouts included."""
+    """Seconds of each optimizer step; what is done before the first, such as a round of rollouts, is in the first."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when the first step begins."""
-        if not self.marks:
-            self.marks.append(time.perf_counter())
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when training begins: the trainer asks for the first batch, and the answers in it, before a step."""
+        self.marks.append(time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when a step ends."""

@@ -46,7 +46,7 @@ def with_rollouts(objective: dict[str, Any], rollouts: dict[str, Any] | None = N
     return Variant({"objective": objective, **args}, rollouts=rollouts or {})
 
 
-# As in the paper: all answers are the student's, drawn with the teacher's policy mixed in, and used once.
+# As in the paper: all answers are the student's, drawn with the teacher's policy mixed in, of the latest round.
 MINILLM = {"share": 1.0, "replay": 0.0, "teacher_mix": 0.2}
 
 

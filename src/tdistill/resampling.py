@@ -47,7 +47,8 @@ def resample(rows: Sequence[Measured], seed: int) -> np.ndarray:
     """Values of resampled data, the same prompts for every row of one resample.
 
     P prompts are drawn with replacement, each with the answers to all of its S seeds, and for each row R − 1 of its
-    trainings (one where there is one).
+    trainings (one where there is one). Which trainings are drawn depends on the seed, the row's place and R alone, so
+    that the same rows on several sets of prompts have the same trainings in one resample.
 
     Source: Davison & Hinkley 1997, Bootstrap Methods and their Application, section 3.8: of nested data the outer level
     alone is drawn, and carries the noise of the inner one; drawing seeds too would count it twice. Rao & Wu 1988,
@@ -62,7 +63,11 @@ def resample(rows: Sequence[Measured], seed: int) -> np.ndarray:
     num_prompts = rows[0].counts_RP.shape[1]
     # A stream of its own for each source of chance: one source's draws do not depend on what else is compared.
     draw_prompts = np.random.default_rng([seed, 0])
-    draw_trainings = [np.random.default_rng([seed, 1, index]) for index in range(len(rows))]
+    trainings = []
+    for index, row in enumerate(rows):
+        num_trainings = len(row.counts_RP)
+        shape = (max(num_trainings - 1, 1), NUM_RESAMPLES)
+        trainings.append(np.random.default_rng([seed, 1, index]).integers(num_trainings, size=shape))
     values = np.empty((len(rows), NUM_RESAMPLES))
     block = max(1, _BLOCK_ELEMENTS // num_prompts)
     for first in range(0, NUM_RESAMPLES, block):
@@ -76,8 +81,7 @@ def resample(rows: Sequence[Measured], seed: int) -> np.ndarray:
                         for sums_P, counts_P in zip(row.sums_RPS.mean(2), row.counts_RP, strict=True)
                     ]
                 )
-            num_trainings = len(value_RB)
-            drawn = draw_trainings[index].integers(num_trainings, size=(max(num_trainings - 1, 1), size))
+            drawn = trainings[index][:, first : first + size]
             values[index, first : first + size] = np.take_along_axis(value_RB, drawn, axis=0).mean(0)
     return values
 

@@ -186,6 +186,25 @@ def test_given_answers_are_noted(subjects, teacher, tokenizer, held_out):
     assert "given" in results.find("nll_teacher_answers", "bd").note
 
 
+def test_given_answers_do_not_stand_for_the_teachers(subjects, teacher, tokenizer, held_out):
+    one_each = {t.prompt_id: replace(t, source="given") for t in reversed(held_out)}
+    given = [one_each[f"p{index}"] for index in range(6)]
+    references = {t.prompt_id: [tokenizer.decode(t.response_ids, skip_special_tokens=True)] for t in given}
+    settings = SETTINGS.model_copy(update={"num_shown_prompts": 6})
+    results = run(subjects, teacher, tokenizer, given, references, settings)
+    # Given answers are the references; "bd" is a copy of the teacher, which answers with the first of the two seeds.
+    assert results.find("rouge_l", "teacher").value < 1.0
+    assert results.find("rouge_l", "teacher").seeds == (10,)
+    scores = results.scores.answer_scores
+    assert [row[0] for row in scores["rouge_l"]["teacher"]] == [row[0] for row in scores["rouge_l"]["bd"]]
+    assert "teacher" not in scores["rouge_l_teacher"]
+    has_text = [float(bool(shown.answers["teacher"])) for shown in results.answers]
+    assert [row[0] for row in scores["rouge_l_teacher"]["bd"]] == has_text and 1.0 in has_text
+    assert results.find("rouge_l_teacher", "bd").note == "To its answers with seed 10."
+    assert all(shown.answers["teacher"] == shown.answers["bd"] for shown in results.answers)
+    assert results.find("teacher_nll_on_student_answers", "teacher") is not None
+
+
 def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_out):
     with pytest.raises(EmptyPromptSetError):
         run(subjects, teacher, tokenizer, [])

@@ -60,8 +60,9 @@ def evaluate(
 
     Every interval is over prompts. On the stored teacher answers: divergence, losses, agreement, mass off the set, and
     the share of the gap that a student closed. On sampled answers: Rouge-L, distinct-2, length, termination, and the
-    teacher's loss on them. Of the model itself: decoding speed, parameters, bytes. If the settings ask for it: exposure
-    bias, perplexity of plain text, win rates by a judge, and tasks with right answers.
+    teacher's loss on them; of the teacher its stored answers, or sampled ones where the stored ones were given. Of the
+    model itself: decoding speed, parameters, bytes. If the settings ask for it: exposure bias, perplexity of plain
+    text, win rates by a judge, and tasks with right answers.
 
     Args:
         subjects: name → student; ``teacher`` is added by itself.
@@ -99,41 +100,46 @@ def evaluate(
     )
     position = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     prompt_of = np.array([position[trajectory.prompt_id] for trajectory in held_out])
+    # Answers that were given are not the teacher's, so it answers here, once if nothing else is asked for.
+    given = any(trajectory.source == "given" for trajectory in held_out)
+    teacher_seeds = settings.teacher_seeds or (settings.seeds[:1] if given else ())
+    seeds = {name: teacher_seeds if name == TEACHER else settings.seeds for name in models}
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompt_of, weights=values, minlength=len(prompts))
 
     answers = {
-        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, progress)
+        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, seeds[name], progress)
         for name, model in models.items()
-        if name != TEACHER or settings.teacher_seeds
+        if seeds[name]
     }
-    seeds = {name: settings.teacher_seeds if name == TEACHER else settings.seeds for name in models}
     stored = [prompt.stored for prompt in prompts]
+    teachers = answers[TEACHER] if given else stored
 
     def text(answer: SampledAnswer) -> str:
         return str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
-    given = {t.prompt_id for t in held_out if t.source == "given"}
-    note = "The held-out answers were given, not sampled from the teacher." if given else None
-    scores = {"rouge_l_teacher": _rouge(answers, [[text(a) for a in prompt.stored] for prompt in prompts], text)}
+    given_note = "The held-out answers were given, not sampled from the teacher." if given else None
+    compared = {name: rows for name, rows in answers.items() if rows is not teachers}
+    scores = {"rouge_l_teacher": _rouge(compared, [[text(answer) for answer in row] for row in teachers], text)}
     if references is not None:
-        with_stored = {TEACHER: stored, **answers}
-        scores["rouge_l"] = _rouge(with_stored, [list(references[prompt.prompt_id]) for prompt in prompts], text)
+        by_people = [list(references[prompt.prompt_id]) for prompt in prompts]
+        scores["rouge_l"] = _rouge({TEACHER: stored, **answers}, by_people, text)
 
     records: list[Result] = []
     for name, model in models.items():
-        records += _divergence_records(scope, name, totals[name], by_prompt, note)
+        records += _divergence_records(scope, name, totals[name], by_prompt, given_note)
         records += _gap_closed(scope, name, totals, by_prompt, settings.start)
         is_stored = name not in answers
         stored_note = "Stored answers, as they were captured." if is_stored else None
+        sampled_note = f"To its answers with seed {', '.join(map(str, teacher_seeds))}." if given else None
         records += [
             scope.record(
                 metric,
                 name,
                 bootstrap_mean(of[name], scope.seed),
                 seeds=seeds[name],
-                note=stored_note or (note if metric == "rouge_l_teacher" else None),
+                note=stored_note or (sampled_note if metric == "rouge_l_teacher" else None),
             )
             for metric, of in scores.items()
             if name in of
@@ -160,7 +166,7 @@ def evaluate(
     if settings.exposure is not None:
         prompts_ids = [prompt.prompt_ids for prompt in prompts]
         found, curves = exposure_records(
-            scope, models, prompts_ids, stored, answers, vocab_size, settings, note, progress
+            scope, models, prompts_ids, teachers, answers, vocab_size, settings, progress
         )
         records += found
     if settings.perplexity is not None:
@@ -170,15 +176,15 @@ def evaluate(
     if settings.tasks is not None:
         records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare)
     asked = [str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)) for prompt in prompts]
-    given_first = {TEACHER: [text(row[0]) for row in stored]}
-    given_first |= {name: [text(row[0]) for row in rows] for name, rows in answers.items() if name != TEACHER}
+    first_answers = {TEACHER: [text(row[0]) for row in teachers]}
+    first_answers |= {name: [text(row[0]) for row in rows] for name, rows in answers.items() if name != TEACHER}
     if settings.judge is not None:
-        records += judge_records(scope, asked, given_first, settings.judge, progress)
+        records += judge_records(scope, asked, first_answers, settings.judge, progress)
     shown = [
         ShownAnswers(
             prompt_id=prompt.prompt_id,
             prompt=asked[index],
-            answers={name: texts[index] for name, texts in given_first.items()},
+            answers={name: texts[index] for name, texts in first_answers.items()},
         )
         for index, prompt in enumerate(prompts[: settings.num_shown_prompts])
     ]
@@ -235,6 +241,7 @@ def _sample(
     end_token_ids: Sequence[int],
     vocab_size: int,
     settings: EvaluationSettings,
+    seeds: Sequence[int],
     progress: bool,
 ) -> list[list[SampledAnswer]]:
     """Answers by prompt, inside it by seed."""
@@ -251,7 +258,7 @@ def _sample(
             batch_size=settings.batch_size,
             progress=f"{name}, seed {seed}" if progress else None,
         )[0]
-        for seed in (settings.teacher_seeds if name == TEACHER else settings.seeds)
+        for seed in seeds
     ]
     return [list(row) for row in zip(*by_seed, strict=True)]
 

@@ -87,11 +87,10 @@ def exposure_records(
     scope: Scope,
     models: Mapping[str, PreTrainedModel],
     prompts_ids: Sequence[np.ndarray],
-    stored: Sequence[Sequence[SampledAnswer]],
+    teachers: Sequence[Sequence[SampledAnswer]],
     answers: Answers,
     vocab_size: int,
     settings: EvaluationSettings,
-    note: str | None,
     progress: bool,
 ) -> tuple[list[Result], list[ExposureCurve]]:
     """Divergence of each student on its own prefixes and on the teacher's, and the excess accumulated error.
@@ -100,11 +99,10 @@ def exposure_records(
         scope: of the records.
         models: all subjects, the teacher among them.
         prompts_ids: int [P] each.
-        stored: the teacher's answers to each prompt.
+        teachers: the teacher's answers to each prompt.
         answers: subject → sampled answers to each prompt.
         vocab_size: tokens of the tokenizer.
         settings: with ``exposure``.
-        note: what a reader must know about the stored answers, or None.
         progress: show bars.
     """
     assert settings.exposure is not None
@@ -125,7 +123,7 @@ def exposure_records(
         return {name: PositionSums.gather(found, prompt_of, len(rows)) for name, found in values.items()}
 
     records, curves = [], []
-    on_teachers = measure(students, stored, "teacher's prefixes") if students else {}
+    on_teachers = measure(students, teachers, "teacher's prefixes") if students else {}
     for name, model in students.items():
         own = measure({name: model}, answers[name], f"prefixes of {name}")[name]
         found = exposure(
@@ -133,14 +131,14 @@ def exposure_records(
         )
         curves.append(found.curve)
         length = len(found.curve.excess)
-        notes = [f"Over positions 1 to {length}; own prefixes are samples at top-p {settings.top_p:g}.", note or ""]
+        note = f"Over positions 1 to {length}; own prefixes are samples at top-p {settings.top_p:g}."
         values = {
             "kl_own_prefixes": found.kl_own,
             "kl_teacher_prefixes": found.kl_teacher,
             "excess_accumulated_error": found.excess,
         }
         records += [
-            scope.record(metric, name, interval, seeds=settings.seeds, note=" ".join(notes).strip())
+            scope.record(metric, name, interval, seeds=settings.seeds, note=note)
             for metric, interval in values.items()
             if interval is not None
         ]

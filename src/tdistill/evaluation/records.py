@@ -61,7 +61,8 @@ class EvaluationSettings(BaseModel):
     Attributes:
         seeds: one sampled answer per prompt and seed. Source: arXiv 2505.20335, evaluation.
         teacher_seeds: seeds for which the teacher is sampled too, which measures how close two of its own answers are.
-            With none, its stored answers stand for it, which costs nothing.
+            With none, its stored answers stand for it, which costs nothing; where those were given and are not its
+            own, it answers with the first of ``seeds``.
         max_new_tokens: length limit of an answer, tokens.
         temperature: of sampling, and of every divergence.
         top_p: mass of the sets that answers are sampled from.
@@ -133,7 +134,7 @@ class Result(BaseModel):
 
 
 class ShownAnswers(BaseModel):
-    """Answers to one prompt as text: subject → answer of the first seed; ``teacher`` is the stored answer."""
+    """Answers to one prompt as text: subject → answer of the first seed; the teacher's is stored if it has one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
