@@ -165,9 +165,7 @@ def evaluate(
     curves: list[ExposureCurve] = []
     if settings.exposure is not None:
         prompts_ids = [prompt.prompt_ids for prompt in prompts]
-        found, curves = exposure_records(
-            scope, models, prompts_ids, teachers, answers, vocab_size, settings, progress
-        )
+        found, curves = exposure_records(scope, models, prompts_ids, teachers, answers, vocab_size, settings, progress)
         records += found
     if settings.perplexity is not None:
         records += text_records(
