@@ -307,9 +307,14 @@ def test_an_override_sets_one_value(plain: Path, override: str, place: list[str]
 
 
 def test_an_override_makes_a_new_phase(plain: Path):
-    recipe = load_recipe(plain, ["phases.extra.args.max_steps=5"])
+    recipe = load_recipe(plain, ["phases.extra={args: {max_steps: 4}}", "phases.extra.args.max_steps=5"])
     assert list(recipe.phases) == ["sft", "bd", "more", "extra"]
     assert recipe.phases["extra"].args == {"max_steps": 5}
+
+
+def test_an_override_inside_a_misspelt_phase_does_not_make_one(plain: Path):
+    with pytest.raises(ConfigError, match=r"'phases\.sfft\.args\.p=1': the recipe has no phase 'sfft'.*'sft'\?"):
+        load_recipe(plain, ["phases.sfft.args.p=1"])
 
 
 def test_later_overrides_win(plain: Path):
@@ -352,6 +357,7 @@ def test_a_malformed_override_is_named(plain: Path, override: str, parts: list[s
         ("phases.bd.args.objective.name=iqlearn", "phases.bd.args", "iq_learn"),
         ("phases.sft.args.objective=sftt", "phases.sft.args", "sft"),
         ("peft.target_module=[q_proj]", "peft", "target_modules"),
+        ("phases.bd.rollouts.everyy=3", "phases.bd.rollouts.everyy", "every"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_closest_known_one(plain: Path, override: str, place: str, suggestion: str):
@@ -398,7 +404,10 @@ def test_all_defects_are_reported_at_once(plain: Path):
         ("phases.bd.args.max_steps=many", ["phases.bd.args", "max_steps", "integer", "'many'"]),
         ("phases.bd.args.learning_rate=fast", ["phases.bd.args", "learning_rate", "number", "'fast'"]),
         # `no` without quotes is a truth value in YAML.
-        ("phases.bd.args.save_strategy=no", ["phases.bd.args", "save_strategy", "'no'", "given: False"]),
+        ("phases.bd.args.save_strategy=no", ["phases.bd.args", "save_strategy", "'no'", "given: False; put no in"]),
+        ("phases.bd.rollouts.share=2", ["phases.bd.rollouts", "share = 2", "(0, 1]"]),
+        ("phases.bd.args.per_device_train_batch_size=4", ["phases.bd.args", "= 4", "response_tokens_per_batch"]),
+        ("phases.bd.args.label_smoothing_factor=0.1", ["phases.bd.args", "= 0.1", "no effect"]),
         ("phases.bd.args.kernel=fast", ["phases.bd.args", "kernel", "'candidates' or 'reference'", "'fast'"]),
         ("phases.bd.args.off_support=some", ["phases.bd.args", "off_support", "'tail'", "'some'"]),
         ("phases.bd.args.lr_scheduler_type=cosin", ["phases.bd.args", "cosin", "cosine"]),
@@ -409,7 +418,10 @@ def test_all_defects_are_reported_at_once(plain: Path):
             ["phases.bd.args", "response_tokens_per_batch", "0", "at least"],
         ),
         ("phases.bd.args.output_dir=x", ["phases.bd.args", "output_dir"]),
-        ("phases.bd.args.load_best_model_at_end=true", ["phases.bd.args", "load_best_model_at_end"]),
+        (
+            "phases.bd.args.load_best_model_at_end=true",
+            ["phases.bd.args", "load_best_model_at_end", "eval_strategy", "alike", "no and steps"],
+        ),
         ("phases.bd.args.metric_for_best_model=loss", ["phases.bd.args.metric_for_best_model", "'loss'", "nll"]),
         (
             "phases.bd.args.metric_for_best_model=agreement_top1",

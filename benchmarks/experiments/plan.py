@@ -103,8 +103,8 @@ CANDIDATES |= {
         ("bellman_distill", 3.0, False),
     )
 }
-# The token's log-probability on the set and that of the set add up to SFT's at weight 1, of the tokens inside the sets
-# alone; at weight 3 to more than that.
+# The token's log-probability on the set and that of the set add up to SFT's at weight 1, as a token outside the set
+# joins it; weight 3 adds twice the latter.
 CANDIDATES |= {
     f"sampled, {shown}, references": Method(
         {"objective": iq(alpha=INF, first_order="sampled"), "off_support": "tail", **TOP_P, **args}, references=True

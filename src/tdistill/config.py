@@ -146,6 +146,14 @@ class PhaseConfig(_Strict):
     rollouts: RolloutSettings | None = None
     args: dict[str, Any] = {}
 
+    @field_validator("rollouts", mode="wrap")
+    @classmethod
+    def _rollouts_of_phase(cls, value: Any, handler: Any) -> RolloutSettings | None:
+        try:
+            return typing.cast("RolloutSettings | None", handler(value))
+        except TDistillError as error:  # which knows no phase
+            raise ValueError(str(error)) from error
+
     @field_validator("args")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -322,6 +330,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"Override '{override}' must have the form key.subkey=value.")
+        parts = key.strip().split(".")
+        if parts[0] == "phases" and len(parts) > 2 and parts[1] not in (phases := tree.get("phases") or {}):
+            # It would add a phase, and a last one makes the student.
+            raise ConfigError(
+                f"Override '{override}': the recipe has no phase '{parts[1]}'."
+                f"{did_you_mean(parts[1], map(str, phases))}"
+            )
         try:
             # By the same rules as the file: 5e-4 is a number.
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
@@ -375,7 +390,8 @@ def _read(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(
-            f"No recipe at '{path}'. Recipes lie in recipes/; `tdistill ls recipes` lists them."
+            f"No recipe at '{path}'. A clone of tdistill has some in recipes/; `tdistill ls recipes --folder FOLDER` "
+            "lists those of a folder."
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The recipe '{path}' is not readable YAML: {error}") from None
@@ -405,7 +421,9 @@ def _checked_fields(cls: type, values: Mapping[str, Any], what: str, without: Co
             checked[key] = TypeAdapter(kinds[key]).validate_python(value)
         except ValidationError as error:
             reasons = dict.fromkeys(reason["msg"] for reason in error.errors())
-            raise ValueError(f"{what.format(key)}: {'; or '.join(reasons)} (given: {value!r})") from None
+            # YAML reads a bare no as false.
+            hint = "; put no in quotes" if value is False and "'no'" in str(reasons) else ""
+            raise ValueError(f"{what.format(key)}: {'; or '.join(reasons)} (given: {value!r}{hint})") from None
     return checked
 
 
@@ -465,7 +483,7 @@ def _check_dev_metric(args: TDistillConfig, where: str, without_sets: bool) -> N
 def _explain(error: Any) -> str:
     """One line for one defect: where, what, and for an unknown key the closest known one."""
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"  {where}: unknown key.{did_you_mean(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
     if error["type"] == "value_error":
         return f"  {where or 'recipe'}: {error['ctx']['error']}"
@@ -483,4 +501,4 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
             kind = typing.get_args(kind)[-1]
         if isinstance(kind, types.UnionType):
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    return list(kind.model_fields)
+    return list(kind.model_fields if issubclass(kind, BaseModel) else kind.__dataclass_fields__)

@@ -567,7 +567,10 @@ def load_teacher(config: TeacherConfig) -> HFTeacher:
     except TypeError as error:
         if not config.model_kwargs:
             raise
-        raise ConfigError(f"teacher.model_kwargs = {config.model_kwargs} are refused: {error}.") from error
+        raise ConfigError(
+            f"teacher.model_kwargs = {config.model_kwargs} are refused: {error}. They are arguments of "
+            "from_pretrained; what quantises goes into quantization_config."
+        ) from error
 
 
 class _MetricsFile(TrainerCallback):

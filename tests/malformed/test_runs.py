@@ -243,6 +243,18 @@ def test_a_teacher_folder_without_weights_is_named(project: Project):
     teacher = Path(project.tree["teacher"]["model"])
     (teacher / "model.safetensors").unlink()
     refused(project.call(), 4, teacher, "holds no *.safetensors", "save_pretrained")
+    (teacher / "model.Q4.gguf").touch()
+    refused(project.call(), 4, teacher, "holds no *.safetensors", "It has model.Q4.gguf", "gguf_file")
+    (teacher / "adapter_config.json").touch()
+    refused(project.call(), 4, teacher, "holds no *.safetensors", "adapter", "merge_and_unload")
+    nothing_left(project.folder)
+
+
+@pytest.mark.usefixtures("no_answer")
+def test_a_student_folder_without_safetensors_is_found_before_the_capture(project: Project):
+    student = Path(shutil.copytree(project.tree["teacher"]["model"], project.root / "student_model"))
+    (student / "model.safetensors").rename(student / "pytorch_model.bin")
+    refused(project.call(student={"layers": None, "model": str(student)}), 4, student, "convert", "save_pretrained")
     nothing_left(project.folder)
 
 

@@ -42,6 +42,7 @@ from tdistill.errors import (
 )
 from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
+from tdistill.training.arguments import TDistillConfig
 from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, last_checkpoint
 from tdistill.types import Trajectory
 
@@ -619,6 +620,12 @@ def test_another_tokenizer_is_refused(make_trainer):
     other.add_tokens(["elephant"])
     with pytest.raises(TokenizerMismatchError, match="86 tokens"):
         make_trainer(tokenizer=other)
+
+
+def test_a_path_in_place_of_a_store_is_refused(load_start, tiny_stores):
+    for stores in (("folder", None), (tiny_stores["train"], "folder")):
+        with pytest.raises(ConfigError, match=r"_dataset must be a store and is a str.*Store\.open"):
+            TDistillTrainer(load_start(), TDistillConfig("out"), *stores)
 
 
 def test_a_student_with_fewer_rows_than_tokens_is_refused(make_trainer, load_start):

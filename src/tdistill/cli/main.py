@@ -219,6 +219,8 @@ def list_known(
     from tdistill.cli.listing import listing
 
     rows = listing(what, folder)
+    if not rows:
+        _say(f"no {what} in {folder or what}; --folder names another place")
     typer.echo(
         json.dumps(rows) + "\n" if as_json else "".join("  ".join(row.values()) + "\n" for row in rows), nl=False
     )
@@ -232,6 +234,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of reading weights, a second or two
     warnings.filterwarnings("ignore", module="torch.*")
+    # Its new name is unknown to older releases that are supported.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     try:
         app()
     except TDistillError as error:

@@ -59,19 +59,26 @@ def weights_sha256(folder: Path, gguf_file: str | None = None) -> str:
     Raises:
         ModelNotFoundError: the folder holds no safetensors weights, or not the GGUF file.
     """
-    names = [gguf_file] if gguf_file else sorted(p.name for p in folder.glob("*.safetensors"))
-    if not gguf_file and names:
-        names.append("config.json")
-    if not names or not all((folder / name).is_file() for name in names):
-        wanted = gguf_file or "*.safetensors with a config.json"
-        raise ModelNotFoundError(
-            f"The folder '{folder}' holds no {wanted}. tdistill reads safetensors or GGUF weights only; convert with "
-            "model.save_pretrained(folder)."
-        )
     digest = hashlib.sha256()
-    for name in names:
+    for name in _weight_files(folder, gguf_file):
         digest.update(f"{name}\0{file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path, gguf_file: str | None) -> list[str]:
+    """Names of the files with weights and configuration; raises ModelNotFoundError where they are not there."""
+    names = [gguf_file] if gguf_file else sorted(path.name for path in folder.glob("*.safetensors"))
+    if not gguf_file and names:
+        names.append("config.json")
+    if names and all((folder / name).is_file() for name in names):
+        return names
+    wanted = gguf_file or "*.safetensors with a config.json"
+    remedy = "tdistill reads safetensors or GGUF weights only; convert with model.save_pretrained(folder)."
+    if (folder / "adapter_config.json").is_file():
+        remedy = "It is an adapter; merge it into its model (merge_and_unload) and save that."
+    elif others := sorted(path.name for path in folder.glob("*.gguf")):
+        remedy = f"It has {', '.join(others)}; name one as gguf_file."
+    raise ModelNotFoundError(f"The folder '{folder}' holds no {wanted}. {remedy}")
 
 
 def load_causal_lm(
@@ -90,12 +97,15 @@ def load_causal_lm(
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype = '{dtype}' is unknown. Use auto, float32, bfloat16 or float16.")
+    _weight_files(folder, gguf_file)
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     source["output_loading_info"] = True  # returns a pair
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **model_kwargs)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelNotFoundError(f"'{folder}' is not a loadable causal language model: {error}") from error
+    # AssertionError: a device that this torch was not built for.
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
+        reason = str(error).partition("\nModel type should be one of")[0]  # a list of hundreds of classes
+        raise ModelNotFoundError(f"'{folder}' is not a loadable causal language model: {reason}") from error
     model, loaded = pair
     if missing := sorted(loaded["missing_keys"]):  # transformers would draw them at random
         raise ModelNotFoundError(

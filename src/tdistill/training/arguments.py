@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,13 +14,19 @@ from tdistill.errors import ConfigError, did_you_mean
 from tdistill.objectives import Objective, OffSupport, objective_class
 
 KernelName = Literal["candidates", "reference"]
+# Arguments of transformers that nothing would read, and why.
+_WITHOUT_EFFECT = {
+    "per_device_train_batch_size": "a micro-batch holds about response_tokens_per_batch tokens",
+    "label_smoothing_factor": "the objective is the loss",
+    "train_sampling_strategy": "micro-batches group answers by length",
+}
 
 
 @dataclass
 class TDistillConfig(TrainingArguments):
-    """Arguments of :class:`TDistillTrainer`; every field of TrainingArguments keeps its meaning.
+    """Arguments of :class:`TDistillTrainer`; every field of TrainingArguments keeps its meaning or is refused.
 
-    ``per_device_train_batch_size`` is not used: micro-batches hold about ``response_tokens_per_batch`` tokens.
+    ``per_device_train_batch_size`` is refused: micro-batches hold about ``response_tokens_per_batch`` tokens.
 
     Attributes:
         objective: name in the table of objectives, or a mapping with ``name`` and its hyperparameters.
@@ -77,6 +83,18 @@ class TDistillConfig(TrainingArguments):
                 )
         if self.response_tokens_per_batch < 1:
             raise ConfigError(f"response_tokens_per_batch = {self.response_tokens_per_batch} must be at least 1.")
+        defaults = {of.name: of.default for of in fields(TrainingArguments)}
+        for name, instead in _WITHOUT_EFFECT.items():
+            value = getattr(self, name, None)
+            if value not in (None, defaults.get(name)):
+                raise ConfigError(f"{name} = {value} has no effect here: {instead}. Leave it out.")
+        evaluates, saves = (
+            str(getattr(strategy, "value", strategy)) for strategy in (self.eval_strategy, self.save_strategy)
+        )
+        if self.load_best_model_at_end and evaluates != saves:
+            raise ConfigError(
+                f"load_best_model_at_end needs eval_strategy and save_strategy alike; they are {evaluates} and {saves}."
+            )
         if not 0 < self.slow_copy_rate <= 1:
             raise ConfigError(f"slow_copy_rate = {self.slow_copy_rate} is outside (0, 1].")
         if self.kernel not in get_args(KernelName):

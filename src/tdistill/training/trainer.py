@@ -121,6 +121,11 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings compares whole distributions; give the "
                 "trainer `teacher`, or set source to store."
             )
+        for name, store in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if store is not None and not isinstance(store, Store):
+                raise ConfigError(
+                    f"{name} must be a store and is a {type(store).__name__}. Open one: Store.open(folder)."
+                )
         for store in filter(None, (train_dataset, eval_dataset)):
             self._check_store(store, args, processing_class, model)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
