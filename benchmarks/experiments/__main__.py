@@ -316,7 +316,7 @@ def main() -> None:
     for name in names:
         print(
             f"{name}: {len(missing(name, options.only))} units left, about "
-            f"{estimate_s(name, options.only) / 3600:.1f} h",
+            f"{estimate_s(name, options.only) / 3600:.1f} h at the pace of the rows that are there",
             flush=True,
         )
     if looks:
