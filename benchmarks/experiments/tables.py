@@ -179,7 +179,8 @@ def _reach(rows: _Rows) -> list[str]:
         f"What a score costs: the best of a method's rows above, at the chosen rate, and the cheapest row of {OURS} "
         "that has at least that score; training seeds are averaged where there are more than one. Only the costs in "
         "the table were tried: the default's cheapest row is an eighth of the budget, and a method with few costs "
-        "might have its score for less. With capture: what the steps read of the teacher's answers or scores is added.",
+        "might have its score for less. With capture: what the steps read of the teacher's answers or scores is added. "
+        "Not above the start: at no cost that was tried, so that there is no score to reach.",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
