@@ -49,12 +49,6 @@ def test_a_usage_error_exits_with_2(words: tuple[str, ...]):
     assert "Usage:" in outcome.err
 
 
-def test_a_list_of_nothing_says_where_it_looked(tmp_path: Path):
-    outcome = tdistill("ls", "recipes", "--folder", str(tmp_path / "none"))
-    assert (outcome.code, outcome.out) == (0, "")
-    assert f"no recipes in {tmp_path}/none" in outcome.err
-
-
 def test_the_demo_is_a_recipe_that_takes_overrides(tmp_path: Path):
     overrides = [f"output={tmp_path}/run", "capture.max_new_tokens=8"]
     outcome = tdistill("demo", *overrides, "--dry-run")

@@ -493,9 +493,15 @@ def test_given_answers_are_scored(finished: FinishedRun, tmp_path: Path):
         assert row.source == "given"
         assert row.response_ids[: len(answer)].tolist() == answer[:16]
         assert row.ends == ("terminal" if len(answer) < 16 else "truncated")
-    # An answer written by somebody is measured against itself, and says so.
-    record = find(load_run(folder).results, "rouge_l_teacher", "bd", "held_out")
-    assert record is not None and "given" in record.note
+    # Losses are along what somebody wrote, and say so; answers are compared with those that the teacher is asked for.
+    results = load_run(folder).results
+    loss, likeness, teachers = (
+        find(results, metric, subject, "held_out")
+        for metric, subject in (("nll_teacher_answers", "bd"), ("rouge_l_teacher", "bd"), ("rouge_l", "teacher"))
+    )
+    assert loss is not None and "given" in loss.note
+    assert likeness is not None and likeness.note.startswith("To its answers with seed")
+    assert teachers is not None and teachers.seeds and teachers.value < 1
 
 
 def test_p_1_runs_without_action_sets(finished: FinishedRun, tmp_path: Path):

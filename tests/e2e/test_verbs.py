@@ -101,8 +101,9 @@ def test_ls_runs_tells_finished_from_unfinished(finished: FinishedRun, tmp_path:
 
 
 @pytest.mark.parametrize("what", ["recipes", "runs"])
-def test_ls_of_nothing_prints_nothing(what: str, tmp_path: Path):
-    assert tdistill("ls", what, "--folder", tmp_path) == (0, "", "")
+def test_ls_of_nothing_says_where_it_looked(what: str, tmp_path: Path):
+    said = f"tdistill: no {what} in {tmp_path}; --folder names another place\n"
+    assert tdistill("ls", what, "--folder", tmp_path) == (0, "", said)
     assert tdistill("ls", what, "--folder", tmp_path / "none", "--json") == (0, "[]\n", "")
 
 
