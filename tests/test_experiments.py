@@ -177,6 +177,34 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 
+def test_what_comes_before_the_first_step_is_in_its_time(modules, tmp_path):
+    import time
+
+    from torch import nn, tensor
+    from training import StepTimes
+    from transformers import Trainer, TrainingArguments
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(tensor(1.0))
+
+        def forward(self, x: Any) -> dict[str, Any]:
+            return {"loss": (self.weight * x).mean()}
+
+    class Answers(list):  # the first is made before a step, as a round of rollouts is
+        def __getitem__(self, index: int) -> Any:
+            if not times.marks[1:]:
+                time.sleep(0.3)
+            return super().__getitem__(index)
+
+    times = StepTimes()
+    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, per_device_train_batch_size=1, report_to="none",
+                             save_strategy="no", disable_tqdm=True)  # fmt: skip
+    Trainer(Model(), args, train_dataset=Answers([{"x": 1.0}] * 4), callbacks=[times]).train()
+    assert len(times.marks) == 3 and times.marks[1] - times.marks[0] >= 0.3
+
+
 def test_a_row_of_one_training_is_neither_the_best_nor_separated(modules):
     from tdistill.resampling import Measured, resample
 

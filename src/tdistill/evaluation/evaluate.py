@@ -120,6 +120,7 @@ def evaluate(
         return str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
     given_note = "The held-out answers were given, not sampled from the teacher." if given else None
+    sampled_note = f"To its answers with seed {', '.join(map(str, teacher_seeds))}." if given else None
     compared = {name: rows for name, rows in answers.items() if rows is not teachers}
     scores = {"rouge_l_teacher": _rouge(compared, [[text(answer) for answer in row] for row in teachers], text)}
     if references is not None:
@@ -132,7 +133,6 @@ def evaluate(
         records += _gap_closed(scope, name, totals, by_prompt, settings.start)
         is_stored = name not in answers
         stored_note = "Stored answers, as they were captured." if is_stored else None
-        sampled_note = f"To its answers with seed {', '.join(map(str, teacher_seeds))}." if given else None
         records += [
             scope.record(
                 metric,

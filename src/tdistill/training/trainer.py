@@ -122,11 +122,12 @@ class TDistillTrainer(Trainer):
                 "trainer `teacher`, or set source to store."
             )
         for name, store in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if store is not None and not isinstance(store, Store):
+            if store is None:
+                continue
+            if not isinstance(store, Store):
                 raise ConfigError(
                     f"{name} must be a store and is a {type(store).__name__}. Open one: Store.open(folder)."
                 )
-        for store in filter(None, (train_dataset, eval_dataset)):
             self._check_store(store, args, processing_class, model)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
         self.uses_off_support = self.objective.uses_off_support and self.off_support.kind != "none"
