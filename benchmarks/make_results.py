@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import decoding
 import prefixes
 from plan import EXPERIMENTS
 from table import comparison_section
-from tables import cost_figure, equal_cost, experiment_section, paper_section, test_scores, tests_section
+from tables import cost_figure, experiment_section, paper_section, test_scores, tests_section
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -99,7 +100,8 @@ def _sparsity_figure(path: Path) -> str:
 
 
 FIGURE_SOURCES = {
-    "cost.svg": ("e8.json", cost_figure),
+    "cost.svg": ("e8.json", partial(cost_figure, with_capture=False)),
+    "cost-with-capture.svg": ("e8.json", partial(cost_figure, with_capture=True)),
     "sparsity.svg": ("sparsity.json", _sparsity_figure),
     "exposure.svg": ("exposure.json", prefixes.chart),
 }
@@ -122,13 +124,10 @@ def _section(title: str, file: str, key: str, command: str, note: str) -> str:
 def readme(text: str) -> str:
     """README.md with its tables made new."""
     demo = markdown_table(read_results(RESULTS / "demo.json"))
-    costs, tests = (RESULTS / "experiments" / f"{name}.json" for name in ("e8", "tests"))
-    scores, where = test_scores(tests), f"`{tests}`: Rouge-L to references on the test sets"
-    if not scores:
-        scores = equal_cost(costs)
-        where = f"`{costs}` and `e1.json`: Rouge-L to references, 200 screening prompts of the dev file"
+    tests = RESULTS / "experiments" / "tests.json"
     tables = {
-        "methods": f"At equal cost of training, from {where}:\n\n{scores}",
+        "methods": f"At equal cost of training, from `{tests}`: Rouge-L to references on the test sets:\n\n"
+        + test_scores(tests),
         "results": f"`make demo`, from `{RESULTS}/demo.json`:\n\n{demo}",
         "costs": f"`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}",
     }

@@ -466,6 +466,35 @@ def test_an_objective_that_needs_rollouts_without_them_is_refused(plain: Path):
     assert "rollouts.share = 2" in refusal(plain, "phases.bd.rollouts={share: 2}")
 
 
+def test_what_the_trainer_would_refuse_after_the_capture_is_refused_before_it(tmp_path: Path):
+    reverse = write(tmp_path, "phases.bd", {"args": {"objective": "reverse_kl"}})
+    with pytest.raises(ConfigError, match=r"phases\.bd\.args\.objective needs capture\.log_prob_bits: 16.*has 8"):
+        load_recipe(reverse)
+    load_recipe(reverse, ["capture.log_prob_bits=16"])
+    minillm = write(tmp_path, "phases.bd", {"args": {"objective": "minillm"}, "rollouts": {"share": 1.0}})
+    load_recipe(minillm)
+    for change, part in (
+        ("phases.bd.rollouts.top_p=0.9", "rollouts.temperature and rollouts.top_p to 1"),
+        ("capture.temperature=0.7", "capture.temperature = 0.7. Capture at temperature 1"),
+    ):
+        with pytest.raises(ConfigError, match=r"phases\.bd: The objective 'minillm'") as caught:
+            load_recipe(minillm, [change])
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("teacher.model_kwargs={token: hf_secret}", "HF_TOKEN"),
+        ("phases.bd.args={hub_token: hf_secret}", "HF_TOKEN"),
+        ("teacher.model_kwargs={trust_remote_code: true}", "trust_remote_code stays off"),
+    ],
+)
+def test_keys_and_remote_code_have_no_place_in_a_recipe(plain: Path, override: str, part: str):
+    message = refusal(plain, override)
+    assert part in message and "hf_secret" not in message
+
+
 def test_a_budget_is_in_the_place_of_p(plain: Path):
     assert load_recipe(plain, ["phases.bd.args.p_budget_nats=2"]).arguments("bd", "x").p_budget_nats == 2
     with pytest.raises(ConfigError, match=r"p = 0\.5 and p_budget_nats = 2\.0 exclude each other"):

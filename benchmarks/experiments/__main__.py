@@ -38,6 +38,7 @@ from plan import (
     BUDGET,
     EXPERIMENTS,
     METHODS,
+    NUM_SEEDS,
     RESULTS,
     SCREENING_SEEDS,
     START_OF_TESTS,
@@ -93,14 +94,16 @@ class Experiments:
         setup = self.setup(what)
         model = load_causal_lm(self.healed(what), dtype="float32")
         store = self.setup(references_of(what)).stores["train"] if method.references else None
-        return train(setup, model, {**setup.second_phase, **method.args, **args}, seed, method.rollouts, store)
+        # The start was healed on the teacher's answers in the order of seed 0; no method sees them in that order again.
+        order = {"data_seed": NUM_SEEDS} if seed == 0 and store is None else {}
+        return train(setup, model, {**setup.second_phase, **order, **method.args, **args}, seed, method.rollouts, store)
 
     def run(self, what: Claims, name: str, method: Method, seed: int) -> dict[str, Any]:
         """Train one unit and measure it."""
         started, setup = time.perf_counter(), self.setup(what)
         trainer, measured_times = self.train(what, method, seed)
         if what == BASE and name in frozen():
-            self.keep(trainer.model, name, seed)
+            self.keep(trainer.model, self.student_folder(name, method, seed))
         curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model = trainer.model.eval()
@@ -108,6 +111,7 @@ class Experiments:
             "setup": what.name,
             "method": name,
             "seed": seed,
+            "data_seed": trainer.args.data_seed,
             "steps": trainer.state.global_step,
             "response_tokens": trainer.state.num_input_tokens_seen,
             "step_s": measured_times.mean_s,
@@ -123,18 +127,18 @@ class Experiments:
             return copy.deepcopy(self.setup(BASE).teacher.model).to(getattr(torch, dtype))
         folder = self.healed(BASE)
         if method is not None:
-            folder = self.student_folder(name, seed)
+            folder = self.student_folder(name, method, seed)
             if not folder.is_dir():
-                self.keep(self.train(BASE, method, seed)[0].model, name, seed)
+                self.keep(self.train(BASE, method, seed)[0].model, folder)
         return load_causal_lm(folder, dtype=dtype)
 
-    def student_folder(self, name: str, seed: int) -> Path:
-        """Folder of a student that meets the test sets."""
-        return self.work / "claims" / BASE.name / "students" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    def student_folder(self, name: str, method: Method, seed: int) -> Path:
+        """Folder of a student that meets the test sets; another recipe of the same name has another."""
+        parts = [name.replace(" ", "-").replace(",", ""), finals.recipe_digest(method), str(seed)]
+        return self.work / "claims" / BASE.name / "students" / "-".join(parts)
 
-    def keep(self, model: Any, name: str, seed: int) -> None:
+    def keep(self, model: Any, folder: Path) -> None:
         """Write a student, whole or not at all."""
-        folder = self.student_folder(name, seed)
         if not folder.is_dir():
             partial = folder.with_name(f".{folder.name}.partial")
             model.save_pretrained(partial)

@@ -59,7 +59,7 @@ def missing() -> list[tuple[str, Method | None, int, str, int]]:
         recipe = taken.get((name, seed, test_set, sampling_seed))
         if recipe is None:
             found.append(look)
-        elif recipe != _recipe(method):
+        elif recipe != recipe_digest(method):
             raise SystemExit(
                 f"{name}, seed {seed} was looked at on {test_set} with another recipe. A frozen recipe does not "
                 "change; give the new one a name of its own."
@@ -78,8 +78,9 @@ def run(setup: Setup, data: Path, load: Load) -> None:
             model, loaded = load(name, method, seed, DTYPE), (name, seed)
         started = time.perf_counter()
         found = of_answers(setup, model, *prompts[test_set], {}, (sampling_seed,))
-        row = {"method": name, "seed": seed, "set": test_set, "sampling_seed": sampling_seed, "recipe": _recipe(method),
-               "looked_at": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - started,
+        row = {"method": name, "seed": seed, "set": test_set, "sampling_seed": sampling_seed,
+               "recipe": recipe_digest(method), "looked_at": datetime.now(UTC).isoformat(timespec="seconds"),
+               "seconds": time.perf_counter() - started,
                **{metric: of_seed[0] for metric, of_seed in found.items()}}  # fmt: skip
         lines = ",\n".join(json.dumps(line) for line in [*_rows(), row])
         head = f'{{"setup": {json.dumps(BASE.name)}, "dtype": {json.dumps(DTYPE)},\n "rows": [\n'
@@ -91,8 +92,8 @@ def _rows() -> list[dict[str, Any]]:
     return json.loads(PATH.read_text())["rows"] if PATH.is_file() else []
 
 
-def _recipe(method: Method | None) -> str:
-    """Short digest of a recipe: its setup, and what its method changes of what all methods share."""
+def recipe_digest(method: Method | None) -> str:
+    """Short digest of a recipe: its setup and what its method changes, without what all methods share."""
     what = [asdict(BASE), None if method is None else [method.args, method.rollouts, method.references]]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

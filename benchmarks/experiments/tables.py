@@ -68,7 +68,8 @@ def experiment_section(path: Path) -> str:
         f"for {length} of {second['response_tokens_per_batch']} response tokens, at {rate}. 200 "
         f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, "
         "temperature 1, top-p 0.8. "
-        "Intervals: 95 %, bootstrap over prompts and training seeds; differences are paired. Bold: the best of a "
+        "Intervals: 95 %, bootstrap over prompts and training seeds where there are several; differences are paired by "
+        "prompt. Bold: the best of a "
         "column, of the rows with more than one training seed if there are any; ≈: not separated from it, as its "
         "difference has an interval that includes 0, or it has one training seed, which does not say how far another "
         "training would be.",
@@ -86,7 +87,12 @@ def experiment_section(path: Path) -> str:
         if rows:
             parts += [_table(rows, _costs if name == "e8" else None), ""]
     if name == "e8":
-        parts += ["![Scores over cost](figures/cost.svg)", "", *_reach(content["rows"])]
+        parts += [
+            "![Scores over cost](figures/cost.svg)",
+            "![The same with capture](figures/cost-with-capture.svg)",
+            "",
+        ]
+        parts += _reach(content["rows"])
     return "\n".join(parts)
 
 
@@ -119,10 +125,11 @@ def teacher_rows(path: Path, rows: _Rows, setups: list[Claims]) -> _Rows:
 
 
 def cost_rows(path: Path) -> _Rows:
-    """Rows of equal cost with those of the main table that belong to them: the default's, and the untrained."""
+    """Rows of equal cost with those of the main table: the default's, of others at the chosen rates, the untrained."""
     main = json.loads(path.with_name("e1.json").read_text())["rows"]
     ours = tuple(f"{name}, learning rate" for name in COST_ONE)
-    shared = [row for row in main if row["method"] in _UNTRAINED or row["method"].startswith(ours)]
+    also = {*_UNTRAINED, *(at_rate(name, rate)[0] for name, rate in CHOSEN.items())}
+    shared = [row for row in main if row["method"] in also or row["method"].startswith(ours)]
     return shared + json.loads(path.read_text())["rows"]
 
 
@@ -135,81 +142,63 @@ def measured(rows: _Rows, metric: str) -> Measured:
     return Measured(np.array([f[metric] for f in found])[..., None], np.array([f["num_tokens"] for f in found]))
 
 
-def cost_figure(path: Path) -> str:
-    """Scores over cost, a line per method."""
+def cost_figure(path: Path, with_capture: bool) -> str:
+    """Scores over cost, a line per method, without or with what asking the teacher costs."""
+    cost = _with_capture if with_capture else _seconds
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     rows = _by_method([row for row in cost_rows(path) if _at_chosen_rate(row["method"]) is not None])
     for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, mine in rows.items():
-            point = (_seconds(mine[0]) / 60, measured(mine, metric).value)
+            point = (cost(mine[0]) / 60, measured(mine, metric).value)
             curves.setdefault(_method_of(name), []).append(point)
         panels[title] = {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in curves.items()}
-    return curves_chart("cost", "Scores over cost", "minutes of training, without capture", panels)
+    name, counted = ("cost-with-capture", "and of capture") if with_capture else ("cost", "without capture")
+    return curves_chart(name, "Scores over cost", f"minutes of training, {counted}", panels)
 
 
 def _reach(rows: _Rows) -> list[str]:
-    """What the best score of each other method cost, beside the least cost at which the default has that score."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for row, mine in _by_method(rows).items():
+    """The default's cheapest row that is separated above all of another method's, beside the dearest of those."""
+    methods = _by_method(rows)
+    found: dict[str, list[str]] = {}
+    for row in methods:
         if (name := _at_chosen_rate(row)) is not None:
-            cost = _seconds(mine[0])
-            asked = asked_s(METHODS[name], times(), mine[0]["steps"])
-            found.setdefault(name, []).append((cost, measured(mine, "rouge_l").value, cost + asked))
-    start = next((measured([row], "rouge_l").value for row in rows if row["method"] == "start"), 0.0)
+            found.setdefault(name, []).append(row)
+    values = {row: measured(methods[row], "rouge_l") for of in found.values() for row in of}
+    draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
+
+    def above(own: str, other: str) -> Interval:
+        return percentile_interval(values[own].value - values[other].value, draws[own] - draws[other], _LEVEL)
+
+    ours = sorted(found.pop(OURS, []), key=lambda row: _seconds(methods[row][0]))
     lines = [
-        ["", "costs tried", "best Rouge-L", "its cost, s", "cost of the default to reach it, s", "times less",
+        ["", "costs tried, s", "best Rouge-L", "cost of the default above it, s", "by", "dearest / this cost",
          "with capture"],
         ["---"] + ["---:"] * 6,
     ]  # fmt: skip
-    best = {name: max(found[name], key=lambda point: (point[1], -point[0])) for name in found if name != OURS}
-    for name, (cost, score, with_capture) in sorted(best.items(), key=lambda item: -item[1][1]):
-        cells = [name, str(len({point[0] for point in found[name]})), f"{score:.4f}", f"{cost:.0f}"]
-        if score <= start:
-            cells += ["not above the start", "–", "–"]
-        elif reached := [point for point in found.get(OURS, []) if point[1] >= score]:
-            own, _, own_with_capture = min(reached)
-            cells += [f"{own:.0f}", f"{cost / own:.1f}", f"{with_capture / own_with_capture:.1f}"]
-        else:
-            cells += ["not reached", "–", "–"]
-        lines.append(cells)
+    best = {name: max(of, key=lambda row: values[row].value) for name, of in found.items()}
+    for name, row in sorted(best.items(), key=lambda item: -values[item[1]].value):
+        tried = sorted({_seconds(methods[each][0]) for each in found[name]})
+        cells = [name, ", ".join(f"{cost:.0f}" for cost in tried), f"{values[row].value:.4f}"]
+        separated = [own for own in ours if all((above(own, other).low or 0.0) > 0.0 for other in found[name])]
+        if not separated:
+            lines.append([*cells, "none", "–", "–", "–"])
+            continue
+        own, dearest = methods[separated[0]][0], max((methods[each][0] for each in found[name]), key=_seconds)
+        cells += [f"{_seconds(own):.0f}", with_interval(above(separated[0], row), "+")]
+        ratios = (_seconds(dearest) / _seconds(own), _with_capture(dearest) / _with_capture(own))
+        lines.append([*cells, *(f"{ratio:.1f}" for ratio in ratios)])
     if len(lines) == 2:
         return []
     return [
-        f"What a score costs: the best of a method's rows above, at the chosen rate, and the cheapest row of {OURS} "
-        "that has at least that score; training seeds are averaged where there are more than one. Only the costs in "
-        "the table were tried: the default's cheapest row is an eighth of the budget, and a method with few costs "
-        "might have its score for less. With capture: what the steps read of the teacher's answers or scores is added. "
-        "Not above the start: at no cost that was tried, so that there is no score to reach.",
+        f"What a score costs, all rows above at the chosen rates: the cheapest row of {OURS} that is separated above "
+        "every row of another method, by how much above its best, and how many times its cost the dearest of the other "
+        "method's rows is, none of which has that score. The ratio says how far the other method was tried, not that "
+        "it never has the score at another cost. With capture: the scores that the steps read are added.",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
     ]
-
-
-def equal_cost(path: Path) -> str:
-    """Table of the methods at equal cost and their chosen rates, for the README."""
-    names = {at_cost_one(name): _SHOWN.get(name, name) for name in CHOSEN}
-    names |= {"teacher": "teacher", "start": _SHOWN["start"]}
-    ours = _SHOWN[OURS]
-    rows = _by_method([row | {"method": names[row["method"]]} for row in cost_rows(path) if row["method"] in names])
-    values = {name: measured(mine, "rouge_l") for name, mine in rows.items()}
-    draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
-    lines = [["", "training seeds", "steps", "Rouge-L", f"less that of {ours}"], ["---"] + ["---:"] * 4]
-    for name in sorted(values, key=lambda name: -values[name].value):
-        value, mine = values[name].value, rows[name]
-        gap = percentile_interval(value - values[ours].value, draws[name] - draws[ours], _LEVEL)
-        untrained = name in ("teacher", _SHOWN["start"])
-        lines.append(
-            [
-                name,
-                "–" if untrained else str(len(mine)),
-                "–" if untrained else str(mine[0]["steps"]),
-                with_interval(percentile_interval(value, draws[name], _LEVEL)),
-                "–" if name == ours else with_interval(gap, "+"),
-            ]
-        )
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def tests_section(path: Path) -> str:
@@ -224,9 +213,8 @@ def tests_section(path: Path) -> str:
         f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
         f"top-p 0.8, sampling seeds {', '.join(map(str, seeds))}. Each "
         "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
-        f"set by themselves, and training seeds; differences are paired. Weights in {content['dtype']} for sampling. "
-        "Equal cost is that of training; what the teacher was asked for before is left out, which is "
-        f"{_asked_before()}.",
+        "set by themselves, and training seeds where there are several; differences are paired by prompt. Weights in "
+        f"{content['dtype']} for sampling. Equal cost is that of training. {_asked_before()}",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
@@ -235,13 +223,19 @@ def tests_section(path: Path) -> str:
 
 
 def _asked_before() -> str:
-    """What the teacher was asked for before the training of the frozen methods, in words."""
+    """What the teacher was asked for before the training of the frozen methods, in a sentence."""
     measured = times()
     if not {"captured", "scored"} <= measured.keys():
-        return "not measured"
-    costs = {name: asked_s(METHODS[name], measured, frozen()[at_cost_one(name)].args.get("max_steps", STEPS))
-             for name in FROZEN}  # fmt: skip
-    return ", ".join(f"{cost:.0f} s for {name}" for name, cost in costs.items())
+        return "What the teacher was asked for is not measured."
+    captured = measured["captured"]
+    answers_s = captured["all_response_tokens"] * captured["seconds"] / captured["response_tokens"]
+    scores = {name: asked_s(METHODS[name], measured, frozen()[at_cost_one(name)].args.get("max_steps", STEPS))
+              for name in FROZEN}  # fmt: skip
+    told = ", ".join(f"{cost:.0f} s for {name}" for name, cost in scores.items() if cost)
+    return (
+        f"Left out is what the teacher was asked for: its answers, {answers_s:.0f} s, on which the start of all was "
+        f"healed, and its scores of people's answers, {told}."
+    )
 
 
 def test_scores(path: Path) -> str:
@@ -345,13 +339,16 @@ def _seconds(row: dict[str, Any]) -> float:
     return row["steps"] * times()["step_s"][_method_of(row["method"])]
 
 
+def _with_capture(row: dict[str, Any]) -> float:
+    """The same with what asking the teacher for what its steps read costs."""
+    return _seconds(row) + asked_s(METHODS[_method_of(row["method"])], times(), row["steps"])
+
+
 def _costs(row: dict[str, Any]) -> list[str]:
     """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
     if row["method"] in _UNTRAINED:
         return ["–", "–", "–"]
-    asked = asked_s(METHODS[_method_of(row["method"])], times(), row["steps"])
-    cost = _seconds(row)
-    return [str(row["steps"]), f"{cost:.0f}", f"{cost + asked:.0f}"]
+    return [str(row["steps"]), f"{_seconds(row):.0f}", f"{_with_capture(row):.0f}"]
 
 
 def _by_method(rows: _Rows) -> dict[str, _Rows]:

@@ -31,7 +31,7 @@ from tdistill.evaluation.records import EvaluationSettings
 from tdistill.objectives import check_full_support, objective_class, objective_names
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
-from tdistill.training.rollouts import RolloutSettings
+from tdistill.training.rollouts import RolloutSettings, check_log_probs_sampled
 
 # Set by the run itself, never by a recipe.
 _RESERVED_ARGUMENTS = ("output_dir",)
@@ -63,6 +63,14 @@ class TeacherConfig(_Strict):
     dtype: str = "auto"
     device_map: str | None = None
     model_kwargs: dict[str, Any] = {}
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _nothing_secret_or_remote(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "trust_remote_code" in value:
+            raise ValueError("trust_remote_code stays off: code of a model's folder is not run; leave it out")
+        _refuse_keys_of_the_hub(value)
+        return value
 
 
 class DataConfig(_Strict):
@@ -157,6 +165,7 @@ class PhaseConfig(_Strict):
     @field_validator("args")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_keys_of_the_hub(value)
         checked = _checked_fields(TDistillConfig, value, "training argument '{}'", without=_RESERVED_ARGUMENTS)
         objective = checked.get("objective")
         if isinstance(objective, str):
@@ -242,7 +251,18 @@ class Recipe(_Strict):
                 )
             if p_max == 1.0:
                 _check_without_sets(args, where)
-            if args.build_objective().needs_rollouts and self.phases[name].rollouts is None:
+            objective, rollouts = args.build_objective(), self.phases[name].rollouts
+            if self.capture.log_prob_bits < (least := objective.least_log_prob_bits):
+                raise ConfigError(
+                    f"{where}.objective needs capture.log_prob_bits: {least} with source: store, and the recipe has "
+                    f"{self.capture.log_prob_bits}. Set it, or set source to teacher or set."
+                )
+            if objective.needs_log_probs_sampled and rollouts is not None:
+                try:
+                    check_log_probs_sampled(objective.name, rollouts, self.capture.sampling())
+                except ConfigError as error:
+                    raise ConfigError(f"phases.{name}: {error}") from error
+            if objective.needs_rollouts and rollouts is None:
                 raise ConfigError(
                     f"{where}.objective learns from the student's own answers with these settings; add "
                     f"phases.{name}.rollouts, for example {{every: 50, share: 0.5}}."
@@ -425,6 +445,13 @@ def _checked_fields(cls: type, values: Mapping[str, Any], what: str, without: Co
             hint = "; put no in quotes" if value is False and "'no'" in str(reasons) else ""
             raise ValueError(f"{what.format(key)}: {'; or '.join(reasons)} (given: {value!r}{hint})") from None
     return checked
+
+
+def _refuse_keys_of_the_hub(values: Collection[str]) -> None:
+    """Raise ValueError for what would be written with the recipe into the run's folder and its report."""
+    for name in ("token", "use_auth_token", "hub_token"):
+        if name in values:
+            raise ValueError(f"{name}: a key is kept in no recipe; set HF_TOKEN, or log in with `hf auth login`")
 
 
 def _objective_class(name: Any) -> type:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdistill.config import Recipe, TeacherConfig
 from tdistill.errors import (
@@ -71,11 +72,17 @@ class Run:
         recipe: resolved recipe.
         say: receives one line per step, for the terminal.
     Raises:
+        ConfigError: one of several processes.
         RunFolderError: the folder holds another run, or things that are no run; names what differs.
     """
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = log.info) -> None:
         self.recipe, self.say, self.folder = recipe, say, Path(recipe.output)
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ConfigError(
+                f"A run is one process, and this is one of {processes} (WORLD_SIZE). Start tdistill without torchrun "
+                "and accelerate; to train in several processes, use TDistillTrainer on the run's stores."
+            )
         self._claim_folder()
 
     # ---- stages ----
@@ -85,6 +92,7 @@ class Run:
         report = self.folder / "report.html"
         if report.is_file():
             return report
+        _check_one_device()
         # The recipe of this folder has not changed, so a whole store is the one asked for; `capture` looks closer.
         if not all((self.store_path(split) / "manifest.json").is_file() for split in SPLITS):
             self.capture()
@@ -136,6 +144,7 @@ class Run:
 
         Needs the stores and the start; the teacher only for rollouts and for objectives that need it in memory.
         """
+        _check_one_device()
         stores = {split: Store.open(self.store_path(split), verify=True) for split in ("train", "dev")}
         for name in self.recipe.phases:
             if (p := self.recipe.arguments(name, "unused").p) is not None and p > stores["train"].p_max:
@@ -302,7 +311,8 @@ class Run:
         recipe = self.recipe
         check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
         config = teacher.model.config
-        check_context(config, f"the teacher {recipe.teacher.model}", prompts, recipe.capture.max_new_tokens)
+        max_new_tokens = max(recipe.capture.max_new_tokens, recipe.evaluation.max_new_tokens)
+        check_context(config, f"the teacher {recipe.teacher.model}", prompts, max_new_tokens)
         if recipe.student.layers is not None:
             num_layers = config.get_text_config().num_hidden_layers
             choose_layers(num_layers, recipe.student.layers, "even")
@@ -316,7 +326,7 @@ class Run:
         else:
             self._make_start(teacher)
             config = AutoConfig.from_pretrained(self.folder / "start")
-            check_context(config, f"the student {recipe.student.model}", prompts, recipe.capture.max_new_tokens)
+            check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
         attention = recipe.student.attn_implementation
         try:
             with torch.device("meta"):
@@ -372,7 +382,6 @@ class Run:
         if path.is_dir():
             self.say(f"reuses phase {name}")
             return
-        started = time.perf_counter()
         checkpoints = path.parent / "checkpoints"
         args = self.recipe.arguments(name, str(checkpoints))
         # Without the optimizer's state the phase would go on as another one.
@@ -390,6 +399,7 @@ class Run:
         set_seed(args.seed)  # adapters are drawn at random, whatever this process did before
         teacher = self._scorer(stores["train"]) if args.build_objective().needs_teacher else None
         metrics = _MetricsFile(name, path.parent / "metrics.jsonl")
+        clock = _Clock(None if last is None else Path(last))
         trainer = TDistillTrainer(
             model,
             args,
@@ -400,7 +410,7 @@ class Run:
             text_dataset=self._plain_text(tokenizer),
             rollouts=self._rollouts(name, stores["train"], teacher),
             teacher=None if teacher is None else teacher.model,
-            callbacks=[metrics],
+            callbacks=[metrics, clock],
         )
         if state is not None and state.global_step >= state.max_steps:
             # Only the export was missing. transformers would train one more step from here.
@@ -414,7 +424,7 @@ class Run:
         facts = {
             "response_tokens": trainer.state.num_input_tokens_seen,
             "steps": trainer.state.global_step,
-            "seconds": time.perf_counter() - started,
+            "seconds": clock.seconds(),
         }
         export_student(
             trainer.accelerator.unwrap_model(trainer.model),
@@ -561,7 +571,7 @@ def load_teacher(config: TeacherConfig) -> HFTeacher:
     """
     extra = {} if config.device_map is None else {"device_map": config.device_map}
     try:
-        return HFTeacher.from_pretrained(
+        teacher = HFTeacher.from_pretrained(
             config.model, gguf_file=config.gguf_file, dtype=config.dtype, **extra, **config.model_kwargs
         )
     except TypeError as error:
@@ -571,6 +581,19 @@ def load_teacher(config: TeacherConfig) -> HFTeacher:
             f"teacher.model_kwargs = {config.model_kwargs} are refused: {error}. They are arguments of "
             "from_pretrained; what quantises goes into quantization_config."
         ) from error
+    # A quantised model is where it was quantised, one with a device map where that says.
+    if config.device_map is None and not getattr(teacher.model, "is_quantized", False) and torch.cuda.is_available():
+        teacher.model.to("cuda")
+    return teacher
+
+
+def _check_one_device() -> None:
+    """Raise ConfigError where transformers would train on several GPUs at once in one process."""
+    if (count := torch.cuda.device_count()) > 1:
+        raise ConfigError(
+            f"{count} GPUs are visible, and a run trains on one. Set CUDA_VISIBLE_DEVICES=0; a teacher that needs more "
+            "is asked first with all of them: `tdistill capture`, and then `tdistill run` with one."
+        )
 
 
 class _MetricsFile(TrainerCallback):
@@ -598,6 +621,25 @@ class _MetricsFile(TrainerCallback):
             return ""
         entry = {key: None if _not_finite(value) else value for key, value in entry.items()}
         return json.dumps({"phase": self.phase, **entry}, allow_nan=False) + "\n"
+
+
+class _Clock(TrainerCallback):
+    """Seconds that a phase took, its resumes together: each checkpoint says what came before it."""
+
+    FILE = "seconds.json"
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.started, self.before = time.perf_counter(), 0.0
+        if checkpoint is not None and (path := checkpoint / self.FILE).is_file():
+            self.before = float(json.loads(path.read_text()))
+
+    def seconds(self) -> float:
+        """Seconds until now."""
+        return self.before + time.perf_counter() - self.started
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_atomically(folder / self.FILE, json.dumps(self.seconds()) + "\n")
 
 
 def _adopt_state(checkpoint: Path) -> TrainerState:

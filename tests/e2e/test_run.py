@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,28 @@ def test_another_recipe_in_the_same_folder_is_refused_and_harms_nothing(finished
     assert "output=FOLDER" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 4
     assert snapshot(finished.folder) == before
+
+
+def test_a_run_is_one_process_and_trains_on_one_device(
+    finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        outcome = tdistill("run", finished.recipe, f"output={folder}")
+    assert outcome.code == 2 and "one of 2 (WORLD_SIZE)" in outcome.err and not folder.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "device_count", lambda: 2)
+        outcome = tdistill("run", finished.recipe, f"output={folder}")
+    assert outcome.code == 2 and "2 GPUs are visible" in outcome.err and not (folder / "store").exists()
+
+
+def test_the_seconds_of_a_phase_are_those_of_all_its_processes(tmp_path: Path):
+    (tmp_path / "checkpoint-4").mkdir()
+    first = stages._Clock(None)
+    first.started -= 5.0
+    first.on_save(SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=4), None)
+    assert 5.0 <= stages._Clock(tmp_path / "checkpoint-4").seconds() < 6.0
 
 
 def test_a_run_that_was_moved_is_still_the_same_run(finished: FinishedRun, tmp_path: Path):

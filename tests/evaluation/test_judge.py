@@ -1,5 +1,6 @@
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,23 @@ def test_a_slow_server_is_given_up(monkeypatch):
         found = judge_answers(["p"], ["a"], ["b"], settings(judge, timeout_s=0.05, max_attempts=1, num_parallel=2))
         assert time.perf_counter() - started < 0.4
     assert found.num_unanswered == 2
+
+
+def test_an_interrupt_sends_nothing_more(monkeypatch):
+    class Interrupted:
+        def __init__(self, **kwargs: Any) -> None: ...
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+        def update(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tdistill.evaluation.judge.tqdm", Interrupted)
+    with serving(lambda body: time.sleep(0.01) or "[[A]]") as judge:
+        with pytest.raises(KeyboardInterrupt):
+            judge_answers(["p"] * 50, ["a"] * 50, ["b"] * 50, settings(judge, num_parallel=1))
+        assert len(judge.requests) < 10
 
 
 def test_waits_double(monkeypatch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.rouge import has_words, rouge_l
 from tdistill.evaluation.text import distinct_bigrams
 
 
@@ -23,6 +23,11 @@ from tdistill.evaluation.text import distinct_bigrams
 )
 def test_rouge_l_by_hand(answer, references, f1):
     assert rouge_l(answer, references) == pytest.approx(f1)
+
+
+def test_other_scripts_have_no_words_for_rouge_l():
+    assert rouge_l("Привет мир", ["Привет мир"]) == 0.0 and not has_words("Привет мир")
+    assert has_words("ÉTÉ 1") and not has_words("…")
 
 
 @pytest.mark.parametrize(

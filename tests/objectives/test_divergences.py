@@ -227,6 +227,7 @@ def test_without_sets_the_store_has_no_divergence():
         (lambda: DistiLLM2(skew=-0.1), r"distillm2: skew = -0.1"),
         (lambda: DistiLLM2(student_weight=0.0), r"student_weight = 0.0 must be positive"),
         (lambda: AlphaBeta(alpha=0.5, beta=-0.5), r"sum to 0"),
+        (lambda: AlphaBeta(alpha=math.nan), r"alpha = nan and beta = 0.7 must be finite"),
         (lambda: MiniLLM(clip=0.0), r"clip = 0.0 must be positive"),
         (lambda: SampledKL(num_samples=0), r"sampled_kl: num_samples = 0 must be at least 1"),
         (lambda: MiniLLM(gamma=1.5), r"gamma = 1.5"),
@@ -235,6 +236,35 @@ def test_without_sets_the_store_has_no_divergence():
 def test_settings_out_of_their_domain(make, message):
     with pytest.raises(DomainError, match=message):
         make()
+
+
+def test_a_set_whose_mass_was_rounded_to_1_leaves_the_resolution_of_16_bits_outside():
+    """Student 0.95 on the one token listed, whose stored probability is 1: 0.05 outside, against 2⁻¹²."""
+    stats = pack(random_episodes(3))
+    one = torch.tensor([0, 1])
+    first = {
+        name: value[:1]
+        for name, value in vars(stats).items()
+        if name.endswith("_N") and isinstance(value, torch.Tensor) and name != "has_action_N"
+    }
+    stats = replace(
+        stats,
+        **first | {"log_normaliser_N": torch.zeros(1, dtype=torch.float64)},
+        has_action_N=torch.tensor([True]),
+        offsets=one,
+        q_M=torch.tensor([math.log(0.95)], dtype=torch.float64),
+        log_prob_teacher_M=torch.zeros(1, dtype=torch.float64),
+    )
+    wanted = 0.95 * math.log(0.95) + 0.05 * math.log(0.05 * 2**12)
+    assert float(ReverseKL()(stats).loss) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_what_divides_by_the_mass_outside_is_not_read_from_8_bits():
+    coarse = [ForwardKL(), GKD(), SkewKL(direction="reverse"), DistiLLM2(), TotalVariation()]
+    coarse += [AlphaBeta(alpha=1.0, beta=0.5)]
+    coarse += [loss(source=source) for loss in (ReverseKL, AlphaBeta) for source in ("set", "teacher")]
+    assert {loss.least_log_prob_bits for loss in coarse} == {8}
+    assert {loss.least_log_prob_bits for loss in (ReverseKL(), GKD(beta=1.0), AlphaBeta())} == {16}
 
 
 def test_members_say_what_they_need():

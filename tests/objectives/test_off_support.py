@@ -142,5 +142,5 @@ def test_support_names_the_normaliser():
 
 
 def test_negative_weight_is_refused():
-    with pytest.raises(DomainError, match=r"weight = -0.1 must not be negative"):
+    with pytest.raises(DomainError, match=r"weight = -0.1 must be finite and not negative"):
         OffSupport(weight=-0.1)

@@ -151,6 +151,13 @@ def test_what_limits_a_comparison_is_noted(tmp_path: Path) -> None:
     assert compare([str(tmp_path / "a")]).notes == ()
 
 
+def test_other_held_out_files_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tmp_path / name, recipe=recipe(0, data={"held_out": f"{name}.jsonl"}))
+    notes = " ".join(compare([str(tmp_path / "a"), str(tmp_path / "b")]).notes)
+    assert "paired by their ids alone, of different files (data.held_out): a.jsonl, b.jsonl" in notes
+
+
 # ---- refusals ----
 
 

@@ -152,8 +152,19 @@ def test_a_lost_round_is_named(train, rollouts):
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     shutil.rmtree(Path(broken.args.output_dir) / "rollouts" / "round-00001")
-    with pytest.raises(StoreError, match=r"round-00001.*checkpoint at a multiple of 2"):
+    with pytest.raises(StoreError, match=r"round-00001.*gone\. Restore it, or train anew"):
         train("out", rollouts(), **common).train(resume_from_checkpoint=True)
+
+
+def test_without_replay_only_the_newest_round_is_needed(train, rollouts):
+    common = {"objective": MIXTURE, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    broken = train("out", rollouts(replay=0.0), callbacks=[Crash(4)], **common)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    shutil.rmtree(Path(broken.args.output_dir) / "rollouts" / "round-00000")
+    again = train("out", rollouts(replay=0.0), **common)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
 
 
 def test_an_objective_that_needs_rollouts_says_so(train):
@@ -163,7 +174,15 @@ def test_an_objective_that_needs_rollouts_says_so(train):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("every", 0), ("share", 0.0), ("share", 1.5), ("replay", -0.1), ("temperature", 0.0), ("ramp_steps", -1)],
+    [
+        ("every", 0),
+        ("share", 0.0),
+        ("share", 1.5),
+        ("replay", -0.1),
+        ("temperature", 0.0),
+        ("temperature", float("inf")),
+        ("ramp_steps", -1),
+    ],
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=rf"rollouts\.{field} = {value}"):

@@ -28,7 +28,7 @@ from tdistill.evaluation.optional import (
     text_records,
 )
 from tdistill.evaluation.records import EvaluationSettings, Result, Results, Scores, ShownAnswers
-from tdistill.evaluation.rouge import rouge_l
+from tdistill.evaluation.rouge import has_words, rouge_l
 from tdistill.evaluation.scope import TEACHER, Scope
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
@@ -267,6 +267,14 @@ def _rouge(
     text: Callable[[SampledAnswer], str],
 ) -> dict[str, np.ndarray]:
     """Subject → Rouge-L F1 [prompts, answers]; where prompts have unequally many, [prompts, 1]: the mean of each."""
+    unread = [texts for texts in references if any(texts) and not any(map(has_words, texts))]
+    if unread:
+        _log.warning(
+            "Rouge-L reads words of a to z and 0 to 9 only; %d of %d references have none and score 0, for example %r.",
+            len(unread),
+            len(references),
+            unread[0][0][:40],
+        )
     found = {}
     for name, rows in answers.items():
         scores = [[rouge_l(text(answer), texts) for answer in row] for row, texts in zip(rows, references, strict=True)]

@@ -221,7 +221,7 @@ def judge_answers(
             for future in waiting:
                 replies.append(_or_none(future.result))
                 bar.update()
-        except JudgeError:
+        except BaseException:  # also Ctrl-C: what is queued may cost money
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     verdicts = [None if reply is None else read_verdict(reply) for reply in replies]

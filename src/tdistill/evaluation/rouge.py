@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 
 from rouge_score.rouge_scorer import RougeScorer
 
+_WORD = re.compile("[a-z0-9]")
+
 
 @cache
 def _scorer() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def has_words(text: str) -> bool:
+    """Whether Rouge-L sees anything of a text: letters of other scripts are no words to it."""
+    return _WORD.search(text.lower()) is not None
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
@@ -23,6 +31,6 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
         answer: generated text.
         references: at least one text.
     Returns:
-        In [0, 1]; 0 for an answer without words.
+        In [0, 1]; 0 for an answer without words. A word is made of a to z and 0 to 9 alone: see :func:`has_words`.
     """
     return float(_scorer().score_multi(list(references), answer)["rougeL"].fmeasure)

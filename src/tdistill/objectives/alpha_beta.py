@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class AlphaBeta(Divergence):
         beta: β. The paper: 0.7.
 
     Raises:
-        DomainError: α + β = 0.
+        DomainError: α + β = 0, or one is not finite.
     Reduces to: ``forward_kl`` at (1, 0), ``reverse_kl`` at (0, 1).
     """
 
@@ -36,11 +37,18 @@ class AlphaBeta(Divergence):
     beta: float = 0.7
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha) or not math.isfinite(self.beta):
+            raise DomainError(f"alpha_beta: alpha = {self.alpha} and beta = {self.beta} must be finite.")
         if self.alpha + self.beta == 0:
             raise DomainError(
                 f"alpha_beta: alpha = {self.alpha} and beta = {self.beta} sum to 0, where the divergence is not "
                 "defined. (1, 0) is the forward KL, (0, 1) the reverse KL."
             )
+
+    @property
+    def least_log_prob_bits(self) -> int:
+        """Read from the store, a power of the small mass outside a set counts, which 8 bits may round to 0."""
+        return 16 if self.source == "store" and self.alpha < 1 else 8
 
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """The summand."""

@@ -68,6 +68,11 @@ class Objective:
         return False
 
     @property
+    def least_log_prob_bits(self) -> int:
+        """Bits of stored log-probabilities below which it is another objective, 8 or 16."""
+        return 8
+
+    @property
     def needs_q_max(self) -> bool:
         """Whether it reads the largest logit over the vocabulary."""
         return False

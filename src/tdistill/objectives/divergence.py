@@ -14,6 +14,9 @@ from tdistill.errors import DomainError
 from tdistill.objectives.base import Objective, log_mass_inside_and_outside, masked_sum, refuse_full_support
 from tdistill.types import ActionStats, LossOutput
 
+# The teacher's mass outside a set is not told from 0 below half a step of 16-bit log-probabilities.
+_LEAST_TAIL = 2.0**-12
+
 
 @dataclass(frozen=True)
 class Divergence(Objective):
@@ -22,8 +25,9 @@ class Divergence(Objective):
     ``set``: the events are the tokens of the stored set, both policies projected onto it; the phase's off-support term
     holds the mass outside. Nothing is as large as the vocabulary (source: arXiv 2505.20335, §3, for the projection).
     ``store``: the events are the tokens of the stored set and all others as one. That is a divergence of its own,
-    between distributions that sum to 1, and a lower bound of the whole one (data-processing inequality). No teacher is
-    in memory, and the teacher's temperature is the recorded one. ``teacher``: every token is an event, at temperature
+    between distributions that sum to 1, and a lower bound of the whole one (data-processing inequality), up to the
+    rounding of what is stored: the teacher's mass on the others counts as at least 2⁻¹². No teacher is in memory, and
+    the teacher's temperature is the recorded one. ``teacher``: every token is an event, at temperature
     1; a teacher in memory runs in each step.
 
     Attributes:
@@ -101,7 +105,7 @@ class Divergence(Objective):
         if self.source == "set":
             return inside_N
         _, log_outside_N = log_mass_inside_and_outside(stats)
-        tail_N = torch.log((1 - mass_N).clamp(min=torch.finfo(mass_N.dtype).tiny))
+        tail_N = torch.log((1 - mass_N).clamp(min=_LEAST_TAIL))
         return inside_N + self.terms(tail_N, log_outside_N, from_student_N)
 
     def __call__(self, stats: ActionStats) -> LossOutput:

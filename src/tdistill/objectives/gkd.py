@@ -36,6 +36,11 @@ class GKD(Divergence):
         if not 0 <= self.beta <= 1:
             raise DomainError(f"gkd: beta = {self.beta} is outside [0, 1]; 0 is the forward KL and 1 the reverse KL.")
 
+    @property
+    def least_log_prob_bits(self) -> int:
+        """Read from the store, the small mass outside a set is in a denominator; 8 bits may round it to 0."""
+        return 16 if self.source == "store" and self.beta == 1 else 8
+
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """β π* log π*/m + (1 − β) π_Q log π_Q/m."""
         if self.beta == 0:

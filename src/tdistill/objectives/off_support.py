@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,7 @@ class OffSupport:
         target: ``teacher``, its covered mass, or ``set``, all mass.
 
     Raises:
-        DomainError: negative weight.
+        DomainError: negative or infinite weight.
     Reduces to: with weight 1, ``tail`` and iq_learn's expected first-order term scaled by Z, set-and-tail forward KL;
     with that term unscaled and target ``set``, KL(proj_p π*‖π_Q) up to the teacher's entropy.
     """
@@ -41,8 +42,10 @@ class OffSupport:
     target: Literal["teacher", "set"] = "set"
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise DomainError(f"off_support: weight = {self.weight} must not be negative; use kind none to drop it.")
+        if not 0 <= self.weight < math.inf:
+            raise DomainError(
+                f"off_support: weight = {self.weight} must be finite and not negative; use kind none to drop it."
+            )
 
     @property
     def support(self) -> Literal["vocabulary", "union", "negatives"] | None:

@@ -23,6 +23,11 @@ class ReverseKL(Divergence):
 
     name: ClassVar[str] = "reverse_kl"
 
+    @property
+    def least_log_prob_bits(self) -> int:
+        """Read from the store, the small mass outside a set is in a denominator; 8 bits may round it to 0."""
+        return 16 if self.source == "store" else 8
+
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """π_Q log π_Q/π*."""
         return kl_terms(log_probs_student, log_probs_teacher)

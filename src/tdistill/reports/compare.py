@@ -356,6 +356,9 @@ def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
             "The runs were measured on different stored answers to the same prompts, so differences per token include "
             "that of the answers."
         )
+    files = dict.fromkeys(str((run.recipe.get("data") or {}).get("held_out")) for run in runs)
+    if len(files) > 1:
+        notes.append(f"Prompts are paired by their ids alone, of different files (data.held_out): {', '.join(files)}.")
     if len({run.results.summary.teacher.name for run in runs}) > 1:
         notes.append("The runs have different teachers: distances are each to its own.")
     settings = [(run.results.model_extra or {}).get("settings") or {} for run in runs]

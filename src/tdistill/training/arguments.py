@@ -19,6 +19,11 @@ _WITHOUT_EFFECT = {
     "per_device_train_batch_size": "a micro-batch holds about response_tokens_per_batch tokens",
     "label_smoothing_factor": "the objective is the loss",
     "train_sampling_strategy": "micro-batches group answers by length",
+    "per_device_eval_batch_size": "batches of the dev split hold about response_tokens_per_batch tokens too",
+    "dataloader_drop_last": "a micro-batch of fewer tokens counts as what it holds",
+    "prediction_loss_only": "the dev split's measures are summed as they come",
+    "eval_accumulation_steps": "the dev split's measures are summed as they come",
+    "auto_find_batch_size": "it would change per_device_train_batch_size",
 }
 
 

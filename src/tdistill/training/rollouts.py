@@ -62,8 +62,8 @@ class RolloutSettings:
             value = getattr(self, name)
             if not (0 < value <= 1 if low_open else 0 <= value <= 1):
                 raise ConfigError(f"rollouts.{name} = {value} is outside {'(' if low_open else '['}0, 1].")
-        if not self.temperature > 0:
-            raise ConfigError(f"rollouts.temperature = {self.temperature} must be positive.")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"rollouts.temperature = {self.temperature} must be positive and finite.")
         if not 0 <= self.teacher_mix < 1:
             raise ConfigError(f"rollouts.teacher_mix = {self.teacher_mix} is outside [0, 1). The paper uses 0.2.")
         if self.teacher_mix > 0 and not self.samples_plainly:
@@ -80,6 +80,25 @@ class RolloutSettings:
     def share_at(self, step: int) -> float:
         """Share of the student's trajectories at an optimizer step, counted from 0."""
         return self.share if step >= self.ramp_steps else self.share * (step + 1) / self.ramp_steps
+
+
+def check_log_probs_sampled(objective: str, settings: RolloutSettings, sampling: SamplingSettings) -> None:
+    """Raise ConfigError unless an objective can read how likely the answers of rounds were as they were sampled."""
+    if not settings.samples_plainly:
+        raise ConfigError(
+            f"The objective '{objective}' weighs the student's answers by their probabilities; set "
+            "rollouts.temperature and rollouts.top_p to 1."
+        )
+    if sampling.p_max == 1.0:
+        raise ConfigError(
+            f"The objective '{objective}' reads the teacher's probability of each token of the student's answers, "
+            "which is not kept at capture.p_max = 1. Capture with p_max below 1."
+        )
+    if sampling.temperature != 1.0:
+        raise ConfigError(
+            f"The objective '{objective}' compares the teacher's probabilities with those that answers are sampled by, "
+            f"at temperature 1; capture.temperature = {sampling.temperature}. Capture at temperature 1."
+        )
 
 
 @dataclass(frozen=True)
@@ -147,14 +166,15 @@ class Rollouts:
             # Loading a model and sampling must not move the generator that training draws from.
             with torch.random.fork_rng():
                 self._capture(number, path, model, tokenizer, rank, num_ranks)
-        wanted = [self._path(folder, earlier, rank) for earlier in range(number + 1)]
+        # Without replay only the newest is read.
+        first = 0 if self.settings.replay > 0 else number
+        wanted = [self._path(folder, earlier, rank) for earlier in range(first, number + 1)]
         for path in wanted:
             if path not in self._stores:
                 log_probs_path = _log_probs_path(path)
                 if not path.is_dir() or (self.keeps_log_probs and not log_probs_path.is_file()):
                     raise StoreError(
-                        f"Step {step} needs the student's answers in {path}, which is gone. Start again from a "
-                        f"checkpoint at a multiple of {self.settings.every} steps, or train anew."
+                        f"Step {step} needs the student's answers in {path}, which is gone. Restore it, or train anew."
                     )
                 log_probs = load_file(log_probs_path)["log_probs"].numpy() if self.keeps_log_probs else None
                 self._stores[path] = _Round(Store.open(path), log_probs)

@@ -28,7 +28,7 @@ from tdistill.training.arguments import TDistillConfig
 from tdistill.training.batches import TokenBudgetSampler
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
-from tdistill.training.rollouts import Rollouts
+from tdistill.training.rollouts import Rollouts, check_log_probs_sampled
 from tdistill.training.slow_copy import SlowCopy
 from tdistill.training.student import VALUE_HEAD, LiveTeacher, add_value_head, attach_statistics
 from tdistill.types import ActionStats
@@ -105,16 +105,7 @@ class TDistillTrainer(Trainer):
             )
         if self.objective.needs_log_probs_sampled:
             assert rollouts is not None
-            if not rollouts.settings.samples_plainly:
-                raise ConfigError(
-                    f"The objective '{self.objective.name}' weighs the student's answers by their probabilities; set "
-                    "rollouts.temperature and rollouts.top_p to 1."
-                )
-            if rollouts.sampling.p_max == 1.0:
-                raise ConfigError(
-                    f"The objective '{self.objective.name}' reads the teacher's probability of each token, which is "
-                    "not kept at p_max = 1. Capture with p_max below 1."
-                )
+            check_log_probs_sampled(self.objective.name, rollouts.settings, rollouts.sampling)
             rollouts.keeps_log_probs = True
         if self.objective.needs_teacher and teacher is None:
             raise ConfigError(
@@ -403,6 +394,12 @@ class TDistillTrainer(Trainer):
             raise ProbabilityRangeError(
                 f"p_budget_nats = {args.p_budget_nats} needs action sets, which the store {store.path} does not keep "
                 "at p_max = 1. Capture with p_max below 1, or drop the budget."
+            )
+        bits, least = store.identity["log_prob_bits"], self.objective.least_log_prob_bits
+        if bits < least:
+            raise ConfigError(
+                f"The objective '{self.objective.name}' needs log-probabilities of {least} bits, and the store "
+                f"{store.path} has {bits}. Capture again with log_prob_bits = {least}, or set source to teacher or set."
             )
         if args.p is not None and args.p < 1.0 == store.p_max:
             raise ProbabilityRangeError(
