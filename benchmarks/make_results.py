@@ -21,8 +21,9 @@ from tdistill.reports.write import write_atomically
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import decoding
+import finals
 import prefixes
-from plan import EXPERIMENTS
+from plan import EXPERIMENTS, missing
 from table import comparison_section
 from tables import cost_figure, experiment_section, paper_section, test_scores, tests_section
 
@@ -77,7 +78,35 @@ def page() -> str:
             f"makes again.\n\nOf {facts['num_answers']} answers, {facts['changed_share']:.1%} are not the same at "
             f"batch sizes {sizes}: sums of floats depend on the shape of a batch.\n"
         )
+    parts.append(_not_run())
     return "\n".join(parts)
+
+
+def _not_run() -> str:
+    """The section of what is planned and has no row yet; empty where all have."""
+    left: dict[str, dict[str, list[int]]] = {}
+    for name, experiment in EXPERIMENTS.items():
+        for what, method, _, seed in missing(name):
+            shown = method if len(experiment.groups) == 1 else f"{what.name}: {method}"
+            left.setdefault(f"{experiment.title} (`{name}`)", {}).setdefault(shown, []).append(seed)
+    for method, _, seed, *_ in finals.missing():
+        left.setdefault("Test sets (`tests`)", {}).setdefault(method, []).append(seed)
+    studies = {"exposure": prefixes.missing(), "decoding": [method for method, *_ in decoding.missing()]}
+    for name, methods in studies.items():
+        for method in methods:
+            left.setdefault(f"`{name}`", {})[method] = [0]
+    if not left:
+        return ""
+    lines = [
+        f"- {title}: " + "; ".join(method + _seeds(seeds) for method, seeds in of.items()) for title, of in left.items()
+    ]
+    head = "Planned in `benchmarks/experiments/plan.py`; of training seed 0 where none is named."
+    return "## Not run yet\n\n" + head + "\n\n" + "\n".join(lines) + "\n"
+
+
+def _seeds(seeds: list[int]) -> str:
+    several = sorted(set(seeds))
+    return "" if several == [0] else f" (training seed {', '.join(map(str, several))})"
 
 
 def _sparsity(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -92,20 +91,16 @@ def test_what_the_teacher_was_asked_for_buys_steps_of_the_methods_that_do_not_as
 
 
 def test_new_times_do_not_pass_old_rows_off_as_equal_cost(modules, monkeypatch):
-    spec = importlib.util.spec_from_file_location("experiments", ROOT / "benchmarks" / "experiments" / "__main__.py")
-    assert spec is not None and spec.loader is not None
-    main = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(main)
     plan = modules.plan
     write_times(plan, 2.0, minillm=8.0)
     monkeypatch.setitem(plan.EXPERIMENTS, "e8", plan.Experiment("", {plan.BASE: plan.at_equal_cost()}))
     row = {"setup": "base", "method": "minillm, learning rate 5e-05, cost 1", "seed": 0, "steps": 20}
-    monkeypatch.setattr(main, "read", lambda name: {"rows": [row]})
-    left = [(key, seed) for _, key, _, seed in main.missing("e8", "cost 1$")]
+    monkeypatch.setattr(plan, "read", lambda name: {"rows": [row]})
+    left = [(key, seed) for _, key, _, seed in plan.missing("e8", "cost 1$")]
     assert left == [(row["method"], 1), (row["method"], 2)]
     row["steps"] = 19
     with pytest.raises(SystemExit, match="seed 0 has 19 steps in its row and 20 by times"):
-        main.missing("e8")
+        plan.missing("e8")
 
 
 def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -345,3 +347,43 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
 }
+
+
+def units(name: str) -> Iterator[tuple[Claims, str, Method | None, int]]:
+    """Units of an experiment, one seed of every method before the next seed; without a method, an untrained model."""
+    groups = EXPERIMENTS[name].groups
+    for what, methods in groups.items():
+        if methods and (what != BASE or name == "e1"):  # e1 has those of the base
+            yield what, "start", None, 0
+            if name == "e1" or not what.same_teacher(BASE):
+                yield what, "teacher", None, 0
+        if methods and name == "e1":
+            yield what, START_OF_TESTS, None, 0
+    for seed in range(max((method.num_seeds for methods in groups.values() for method in methods.values()), default=0)):
+        for what, methods in groups.items():
+            for key, method in methods.items():
+                if seed < method.num_seeds:
+                    yield what, key, method, seed
+
+
+def read(name: str) -> dict[str, Any]:
+    """Content of an experiment's JSON."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+
+
+def missing(name: str, only: str = "") -> list[tuple[Claims, str, Method | None, int]]:
+    """Units without a row, of those with a match of ``only`` in their method's name."""
+    done = {(row["setup"], row["method"], row["seed"]): row.get("steps") for row in read(name)["rows"]}
+    found = []
+    for what, key, method, seed in units(name):
+        steps = method.args.get("max_steps", STEPS) if method else None
+        taken = done.get((what.name, key, seed), steps)
+        if taken != steps:
+            raise SystemExit(
+                f"{name}: {key}, seed {seed} has {taken} steps in its row and {steps} by times.json, which was made "
+                "anew. Take the old file back, or delete the row to train it again."
+            )
+        if re.search(only, key) and (what.name, key, seed) not in done:
+            found.append((what, key, method, seed))
+    return found

@@ -67,7 +67,7 @@ def experiment_section(path: Path) -> str:
         f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
         f"for {length} of {second['response_tokens_per_batch']} response tokens, at {rate}. 200 "
         f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, "
-        "temperature 1, top-p 0.8. "
+        'temperature 1, top-p 0.8 (a smaller one changes how far apart they are: "Smaller sets at decoding"). '
         "Intervals: 95 %, bootstrap over prompts and training seeds where there are several; differences are paired by "
         "prompt. Bold: the best of a "
         "column, of the rows with more than one training seed if there are any; ≈: not separated from it, as its "
