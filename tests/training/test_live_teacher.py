@@ -125,7 +125,7 @@ def test_minillm_refuses_truncated_sampling(train):
 
 def test_minillm_refuses_a_store_without_probabilities(train, tiny_teacher):
     with pytest.raises(
-        ConfigError, match="reads the teacher's probability of each token, which is not kept at p_max = 1"
+        ConfigError, match="reads the teacher's probability of each token of the student's answers, which is not kept"
     ):
         train(
             teacher=tiny_teacher.model,
