@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -101,6 +102,22 @@ def test_new_times_do_not_pass_old_rows_off_as_equal_cost(modules, monkeypatch):
     row["steps"] = 19
     with pytest.raises(SystemExit, match="seed 0 has 19 steps in its row and 20 by times"):
         plan.missing("e8")
+
+
+def test_no_method_goes_through_the_batches_of_the_start_in_their_order(modules, monkeypatch):
+    spec = importlib.util.spec_from_file_location("experiments", ROOT / "benchmarks" / "experiments" / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    setup, seen = SimpleNamespace(second_phase={}, stores={"train": "store"}), []
+    monkeypatch.setattr(main.Experiments, "setup", lambda self, what: setup)
+    monkeypatch.setattr(main.Experiments, "healed", lambda self, what: None)
+    monkeypatch.setattr(main, "load_causal_lm", lambda folder, dtype: None)
+    monkeypatch.setattr(main, "train", lambda setup, model, args, seed, *rest: seen.append(args.get("data_seed", seed)))
+    plan, experiments = modules.plan, main.Experiments(Path(), Path())
+    for name, seed in (("seqkd", 0), ("seqkd", 1), ("sft on references", 0)):
+        experiments.train(plan.BASE, plan.METHODS[name], seed)
+    assert seen == [plan.NUM_SEEDS, 1, 0]  # the start was healed in order 0, on the teacher's answers
 
 
 def test_what_meets_the_test_sets_has_the_chosen_rate_and_cost_one(modules, monkeypatch):
