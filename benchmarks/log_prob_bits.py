@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tdistill.reports.write import write_atomically
+from tdistill.files import write_atomically
 from tdistill.store import Store, codes
 from tdistill.teachers.loading import load_causal_lm
 from tdistill.training import TDistillConfig, TDistillTrainer

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tdistill.files import write_atomically
 from tdistill.reports.load import read_results
 from tdistill.reports.performance import bars_table, headline, performance_table
 from tdistill.reports.plots import sparsity_study_chart
 from tdistill.reports.tables import markdown_table, results_page
-from tdistill.reports.write import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))

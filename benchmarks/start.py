@@ -16,8 +16,8 @@ import torch
 
 from tdistill.config import load_recipe
 from tdistill.evaluation.divergence import divergences
+from tdistill.files import write_atomically
 from tdistill.pipeline import Run, environment
-from tdistill.reports.write import write_atomically
 from tdistill.store import Store
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tdistill.reports.write import write_atomically
+from tdistill.files import write_atomically
 from tdistill.tabular import check_theory
 from tdistill.tabular.horizon import GROWTH_RANGES, Method, horizon_experiment
 from tdistill.tabular.measure import measure_policy_error, measure_tightness

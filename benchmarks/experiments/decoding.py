@@ -19,7 +19,7 @@ from scores import TOP_P, screened_answers
 from setups import Setup
 from tables import with_interval
 
-from tdistill.reports.write import write_atomically
+from tdistill.files import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample
 
 PATH = RESULTS / "decoding.json"

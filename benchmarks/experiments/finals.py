@@ -21,10 +21,10 @@ from plan import BASE, NUM_SEEDS, RESULTS, Method, frozen
 from scores import of_answers
 from setups import Setup
 
+from tdistill.files import write_atomically
 from tdistill.prompts.read import read_records
 from tdistill.prompts.templates import choose_template
 from tdistill.prompts.tokenise import tokenize_prompts
-from tdistill.reports.write import write_atomically
 
 TEST_SETS = {name: f"eval/{name}_eval.jsonl" for name in ("dolly", "selfinst", "vicuna")}
 SAMPLING_SEEDS = (10, 20, 30, 40, 50)

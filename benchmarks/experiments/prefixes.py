@@ -19,8 +19,8 @@ from setups import Setup
 
 from tdistill.evaluation.exposure import PositionSums, exposure, kl_by_position
 from tdistill.evaluation.generation import sample_answers
+from tdistill.files import write_atomically
 from tdistill.reports.plots import curves_chart
-from tdistill.reports.write import write_atomically
 
 PATH = RESULTS / "exposure.json"
 SEED = SCREENING_SEEDS[0]

@@ -21,8 +21,8 @@ from setups import Setup, real, tiny
 from training import train
 from variants import VARIANTS, Variant
 
+from tdistill.files import write_atomically
 from tdistill.pipeline import environment
-from tdistill.reports.write import write_atomically
 from tdistill.teachers.loading import load_causal_lm
 
 RESULTS = Path(__file__).parent.parent / "results"

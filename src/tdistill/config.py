@@ -91,8 +91,12 @@ class DataConfig(_Strict):
 
 
 class CaptureConfig(_Strict):
-    """How the teacher is asked; see :class:`~tdistill.teachers.base.SamplingSettings`."""
+    """How the teacher is asked; see :class:`~tdistill.teachers.base.SamplingSettings`.
 
+    ``from_run`` is the folder of another run that has asked the same: its stores are read, and nothing is asked.
+    """
+
+    from_run: _Text | None = None
     mode: Literal["generate", "score"] = "generate"
     p_max: float = 0.8
     max_actions: int | None = Field(64, ge=1)

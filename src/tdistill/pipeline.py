@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ from tdistill.errors import (
     UnsupportedModelError,
 )
 from tdistill.evaluation.evaluate import evaluate
+from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import check_inputs
+from tdistill.evaluation.scope import TEACHER
 from tdistill.evaluation.sparsity import sparsity
+from tdistill.files import write_atomically
 from tdistill.head import check_head
 from tdistill.preflight import check_adapter, check_context, check_finite, check_room
 from tdistill.prompts import (
@@ -50,11 +54,10 @@ from tdistill.prompts import (
 )
 from tdistill.reports.card import write_model_card
 from tdistill.reports.html import write_report
-from tdistill.reports.write import write_atomically
 from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
-from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder
+from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 from tdistill.training.rollouts import Rollouts
@@ -90,12 +93,16 @@ class Run:
     def run(self) -> Path:
         """Capture, train, evaluate and report; return the path of the report."""
         report = self.folder / "report.html"
-        if report.is_file():
+        if report.is_file() and self._is_evaluated():
             return report
         _check_one_device()
-        # The recipe of this folder has not changed, so a whole store is the one asked for; `capture` looks closer.
-        if not all((self.store_path(split) / "manifest.json").is_file() for split in SPLITS):
+        # The recipe says the same as when a whole store was captured; another run's may not be what is asked for here.
+        linked = self.recipe.capture.from_run is not None and not (self.folder / "start").is_dir()
+        if linked or not all((self.store_path(split) / "manifest.json").is_file() for split in SPLITS):
             self.capture()
+        else:
+            for split in SPLITS:
+                self._check_asked(split, {record.prompt_id for record in self.records(split)})
         self.train()
         self.evaluate()
         return self.report()
@@ -105,7 +112,6 @@ class Run:
 
         Everything that can be refused is refused before the first answer, which may be hours before the last one.
         """
-        started = time.perf_counter()
         capture = self.recipe.capture
         records = {split: self.records(split) for split in SPLITS}
         self._references(records["held_out"])
@@ -115,21 +121,28 @@ class Run:
         template = choose_template(teacher.tokenizer, self.recipe.data.template)
         prompts = {split: self._prompts(split, records[split], teacher, template) for split in SPLITS}
         self._check_models(teacher, [prompt for split in SPLITS for prompt in prompts[split]])
+        num_answers = {split: capture.answers_per_prompt if split == "train" else 1 for split in SPLITS}
         for split in SPLITS:
-            before = self._captured(split)
-            store = capture_store(
-                teacher,
-                prompts[split],
-                self.store_path(split),
-                capture.sampling(),
-                mode=capture.mode,
-                answers_per_prompt=capture.answers_per_prompt if split == "train" else 1,
-                batch_size=capture.batch_size,
-                shard_prompts=capture.shard_prompts,
-                log_prob_bits=capture.log_prob_bits,
-                tokenizer_sha256=tokenizer_sha256(teacher.tokenizer),
-                template={"kind": template.kind, "sha256": template.sha256},
-            )
+            self._check_asked(split, {prompt.prompt_id for prompt in prompts[split]}, num_answers[split])
+        for split in SPLITS:
+            before, started = self._captured(split), time.perf_counter()
+            try:
+                store = capture_store(
+                    teacher,
+                    prompts[split],
+                    self.store_path(split),
+                    capture.sampling(),
+                    mode=capture.mode,
+                    answers_per_prompt=num_answers[split],
+                    batch_size=capture.batch_size,
+                    shard_prompts=capture.shard_prompts,
+                    log_prob_bits=capture.log_prob_bits,
+                    tokenizer_sha256=tokenizer_sha256(teacher.tokenizer),
+                    template={"kind": template.kind, "sha256": template.sha256},
+                )
+            finally:  # an interrupted capture has taken its time too
+                if before is None or before != self._captured(split):
+                    self._note_time("capture", time.perf_counter() - started, add=True)
             if before is not None and len(store) > before and (self.folder / "phases").is_dir():
                 self.say(
                     f"the store of {split} has grown from {before} to {len(store)} answers; what was trained and "
@@ -137,7 +150,6 @@ class Run:
                     "report.html to do it again."
                 )
         self._make_start(teacher)
-        self._note_time("capture", time.perf_counter() - started)
 
     def train(self) -> None:
         """Train every phase that is not trained yet.
@@ -165,12 +177,13 @@ class Run:
         Writes ``scores.json`` too, the values of each prompt; a run that has none, of an older version, is measured
         again.
         """
-        path, scores_path = self.folder / "results.json", self.folder / "scores.json"
-        if path.is_file() and scores_path.is_file():
+        path, scores_path, report = (self.folder / name for name in ("results.json", "scores.json", "report.html"))
+        if self._is_evaluated():
             self.say(f"reuses the results in {path}")
             return path
         if path.is_file():
-            self.say(f"measures again: {scores_path} is missing. `tdistill report` then makes the report again")
+            why = "the recipe has changed" if scores_path.is_file() else f"{scores_path} is missing"
+            self.say(f"measures again: {why}. `tdistill report` then makes the report again")
         started = time.perf_counter()
         held_out, train = (Store.open(self.store_path(split), verify=True) for split in ("held_out", "train"))
         for name in ("start", *self.recipe.phases):
@@ -181,8 +194,10 @@ class Run:
         references = self._references(self.records("held_out"))
         teacher = self.load_teacher()
         self._check_teacher(teacher, held_out)
-        subjects = {"start": self._load(self.folder / "start")}
-        subjects |= {name: self._load(self.phase_path(name)) for name in self.recipe.phases}
+        folders = {name: self.phase_path(name) for name in ("start", *self.recipe.phases)}
+        subjects = {name: self._load(folder) for name, folder in folders.items()}
+        weights = {name: weights_sha256(folder) for name, folder in folders.items()}
+        weights[TEACHER] = teacher.identity["weights_sha256"]
         pairs = tuple((self.recipe.final_phase, control) for control in self.recipe.controls)
         settings = self.recipe.evaluation.model_copy(update={"compare": self.recipe.evaluation.compare or pairs})
         results = evaluate(
@@ -193,6 +208,7 @@ class Run:
             references,
             end_token_ids=held_out.end_token_ids,
             settings=settings,
+            kept=Kept(self.folder / "evaluation", weights),
         )
         self._note_time("evaluation", time.perf_counter() - started)
         content = {
@@ -200,9 +216,11 @@ class Run:
             "format": "tdistill-results",
             "version": 1,
             "name": self.recipe.name,
+            "recipe_sha256": self._measured_sha256(),
             "summary": self._summary(subjects, teacher),
             "sparsity": sparsity(train),
         }
+        report.unlink(missing_ok=True)  # of earlier results
         if results.scores is not None:
             write_atomically(scores_path, results.scores.model_dump_json() + "\n")
         write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -224,6 +242,18 @@ class Run:
         return self.folder / "start" if name == "start" else self.folder / "phases" / name / "student"
 
     # ---- parts ----
+
+    def _is_evaluated(self) -> bool:
+        """Whether the results are there, and those that the recipe asks for."""
+        path, scores_path = self.folder / "results.json", self.folder / "scores.json"
+        if not (path.is_file() and scores_path.is_file()):
+            return False
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("recipe_sha256") == self._measured_sha256())
+
+    def _measured_sha256(self) -> str:
+        """Hash of the parts of the recipe that may change after the capture and that results depend on."""
+        parts = yaml.safe_dump(self.recipe.model_dump(include={"evaluation", "phases"}))
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def load_teacher(self) -> HFTeacher:
         """Load the teacher."""
@@ -249,23 +279,30 @@ class Run:
             raise RunFolderError(
                 f"{self.folder} exists and is no run of tdistill. Choose another folder with output=FOLDER."
             )
-        differing = self._differing(path) if files else []
         # A run that was refused before its first answer leaves these two; its recipe may be corrected.
-        if differing and files != {path, environment_path}:
-            raise RunFolderError(
-                f"{self.folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
-                "Choose another folder with output=FOLDER, or delete this one."
-            )
+        begun = bool(files - {path, environment_path})
+        differing = self._differing(path, begun) if files else []
+        if not begun:
+            self._link_stores()
+        elif any(line.startswith("phases.") for line in differing):
+            # A copy of what was the final phase.
+            shutil.rmtree(self.folder / "student", ignore_errors=True)
         if not files or differing:
             write_atomically(path, self.recipe.to_yaml())
-        else:
-            done = (self.folder / "report.html").is_file()
-            self.say(f"{'reuses' if done else 'resumes'} the run in {self.folder}")
+        if files and (begun or not differing):
+            done = (self.folder / "report.html").is_file() and self._is_evaluated()
+            self.say("; ".join([f"{'reuses' if done else 'resumes'} the run in {self.folder}", *differing]))
         if not environment_path.is_file():
             write_atomically(environment_path, json.dumps(environment(), indent=1) + "\n")
 
-    def _differing(self, path: Path) -> list[str]:
-        """What differs between the recipe in a file and this one, a line each; the folder's place is no difference."""
+    def _differing(self, path: Path, begun: bool) -> list[str]:
+        """What differs between the recipe in a file and this one, a line each; the folder's place is no difference.
+
+        In a run that has begun the evaluation may differ, and phases that are not trained.
+
+        Raises:
+            RunFolderError: anything else differs, or the file is not readable.
+        """
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -275,7 +312,70 @@ class Run:
         if not isinstance(stored, dict):
             raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
         asked = yaml.safe_load(self.recipe.to_yaml())
-        return _differences({**stored, "output": None}, {**asked, "output": None})
+        differing = _differences({**stored, "output": None}, {**asked, "output": None})
+        trained = [name for name in asked["phases"] if (self.folder / "phases" / name).is_dir()]
+        others = [name for name in trained if _lineage(stored["phases"], name) != _lineage(asked["phases"], name)]
+        fixed = [line for line in differing if not line.startswith(("evaluation.", "phases."))]
+        if not begun or not (fixed or others):
+            return differing
+        remedies = ["Choose another folder with output=FOLDER", "delete this one"]
+        if not any(line.startswith(("teacher.", "data.", "capture.")) for line in fixed):
+            remedies[0] += f" (capture.from_run={self.folder} there reads this one's answers)"
+        if not fixed:
+            remedies[1] = "train again after deleting " + ", ".join(f"{self.folder}/phases/{name}" for name in others)
+        raise RunFolderError(
+            f"{self.folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
+            f"{remedies[0]}, or {remedies[1]}."
+        )
+
+    def _link_stores(self) -> None:
+        """Make the stores of ``capture.from_run`` those of this run.
+
+        Raises:
+            RunFolderError: one of them is not finished.
+        """
+        link, source = self.folder / "store", self.recipe.capture.from_run
+        if link.is_symlink():  # of a recipe that was refused and is corrected now
+            link.unlink()
+        if source is None:
+            return
+        for split in SPLITS:
+            if not (Path(source) / "store" / split / "manifest.json").is_file():
+                raise RunFolderError(
+                    f"{source} (capture.from_run) has no finished store of {split}. Name the folder of a run, and "
+                    "finish it first: `tdistill capture` with its recipe."
+                )
+        link.symlink_to((Path(source) / "store").resolve(), target_is_directory=True)
+
+    def _check_asked(self, split: str, prompt_ids: Collection[str], num_answers: int = 0) -> None:
+        """Raise unless a finished store is about the prompts that are asked for now.
+
+        Args:
+            split: of the store.
+            prompt_ids: of the prompts, or of the conversations whose turns are prompts.
+            num_answers: of each, that another run's store must hold; 0: of this run, which can still ask.
+        Raises:
+            DataFileError: the store has answers to other prompts, which would be trained on and measured.
+            RunFolderError: another run's store lacks some.
+        """
+        if not (self.store_path(split) / "manifest.json").is_file():
+            return
+        jobs = set(Store.open(self.store_path(split), verify=False).jobs)
+        source = f"{getattr(self.recipe.data, split)} (data.{split})"
+        gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & set(prompt_ids)})
+        if gone:
+            raise DataFileError(
+                f"{source} has changed: {len(gone)} prompts that the store {self.store_path(split)} has answers to are "
+                f"not in it any more, such as '{gone[0]}'. Put them back, or choose another folder with output=FOLDER."
+            )
+        if self.recipe.capture.from_run is None:
+            return
+        lacking = [name for name in prompt_ids if any((name, k) not in jobs for k in range(num_answers))]
+        if lacking:
+            raise RunFolderError(
+                f"{self.recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
+                f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
+            )
 
     def _captured(self, split: str) -> int | None:
         """Answers in a finished store, or None."""
@@ -324,8 +424,8 @@ class Run:
                 check_finite(teacher, prompts[0])
                 raise
         else:
-            self._make_start(teacher)
-            config = AutoConfig.from_pretrained(self.folder / "start")
+            assert recipe.student.model is not None
+            config = AutoConfig.from_pretrained(resolve_model_folder(recipe.student.model))
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
         attention = recipe.student.attn_implementation
         try:
@@ -335,6 +435,8 @@ class Run:
             raise ConfigError(f"student.attn_implementation = {attention}: {error}") from error
         if recipe.peft is not None:
             check_adapter(student, recipe.peft)
+        if recipe.student.model is not None:
+            self._make_start(teacher)
 
     def _check_teacher(self, teacher: HFTeacher, store: Store) -> None:
         found, stored = teacher.identity["weights_sha256"], store.identity["teacher"]["weights_sha256"]
@@ -556,10 +658,11 @@ class Run:
             "phases": phases,
         }
 
-    def _note_time(self, stage: str, seconds: float) -> None:
+    def _note_time(self, stage: str, seconds: float, add: bool = False) -> None:
         path = self.folder / "times.json"
         times = json.loads(path.read_text()) if path.is_file() else {}
-        write_atomically(path, json.dumps({**times, stage: times.get(stage, round(seconds, 1))}, indent=1) + "\n")
+        before = times.get(stage, 0.0) if add else 0.0
+        write_atomically(path, json.dumps({**times, stage: round(before + seconds, 1)}, indent=1) + "\n")
 
 
 def load_teacher(config: TeacherConfig) -> HFTeacher:
@@ -675,6 +778,17 @@ def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:
             lines += _differences(stored.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
         return lines
     return [] if stored == asked else [f"{key}: stored {stored!r}, asked {asked!r}"]
+
+
+def _lineage(phases: Mapping[str, Any], name: str) -> list[Any]:
+    """What a phase's student was made by: its settings and those of the phases before it, from a stored recipe."""
+    settings, before = {**phases.get(name, {}), "control": None}, "start"
+    for other, phase in phases.items():
+        if other == name:
+            break
+        before = before if phase["control"] else other
+    init = str(settings.get("init") or before)
+    return [settings | {"init": init}, *(_lineage(phases, init) if init in phases else [])]
 
 
 def _publish_copy(source: Path, target: Path) -> None:

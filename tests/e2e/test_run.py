@@ -44,6 +44,7 @@ def test_a_finished_run_exits_with_0_and_leaves_every_artifact(finished: Finishe
         "scores.json",
         "report.html",
         "times.json",
+        "evaluation",
     }
     assert not [name for name in snapshot(finished.folder) if name.endswith(".tmp") or "partial" in name]
     assert load_recipe(finished.folder / "recipe.yaml") == load_recipe(finished.recipe)

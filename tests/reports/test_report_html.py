@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from synthetic_run import EVIL
 
-from tdistill.reports import write
 from tdistill.reports.html import NUM_ANSWERS, write_report
 from tdistill.reports.load import load_run
 
@@ -117,7 +116,7 @@ def test_a_failed_write_keeps_the_old_report(run_folder: Path, monkeypatch: pyte
     def full(self: Path, data: bytes) -> int:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(write.Path, "write_bytes", full)
+    monkeypatch.setattr(files.Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         write_report(run_folder)
     assert path.read_text() == "old"

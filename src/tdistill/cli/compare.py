@@ -49,10 +49,10 @@ def compare(
         if path.suffix not in _FORMATS:
             raise ConfigError(f"--output {path}: unknown ending. Use one of {', '.join(_FORMATS)}.")
         require_folder("--output", path)
+    from tdistill.files import write_atomically
     from tdistill.reports.compare import compare as compare_runs
     from tdistill.reports.compare_page import comparison_html, comparison_markdown, comparison_text
     from tdistill.reports.plots import comparison_chart
-    from tdistill.reports.write import write_atomically
 
     comparison = compare_runs(runs, against, pool_seeds=pool_seeds)
     if metric not in comparison.metrics:

@@ -157,9 +157,9 @@ def check_sparsity(
 ) -> None:
     """Show what each p, cap and budget keeps, loses and costs (docs/choosing-p.md)."""
     from tdistill.evaluation.sparsity import sparsity_study
+    from tdistill.files import write_atomically
     from tdistill.reports.plots import sparsity_study_chart
     from tdistill.reports.sparsity import study_text
-    from tdistill.reports.write import write_atomically
     from tdistill.store import Store
 
     if plot is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +23,7 @@ from tdistill.evaluation.bootstrap import (
 from tdistill.evaluation.divergence import TokenTotals, divergences, teacher_loss_on
 from tdistill.evaluation.exposure import ExposureCurve
 from tdistill.evaluation.generation import SampledAnswer, sample_answers
+from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import (
     check_optional,
     exposure_records,
@@ -55,6 +59,7 @@ def evaluate(
     settings: EvaluationSettings,
     split: str = "held_out",
     progress: bool = True,
+    kept: Kept | None = None,
 ) -> Results:
     """Measure the teacher and its students on held-out prompts.
 
@@ -74,6 +79,7 @@ def evaluate(
         settings: :class:`EvaluationSettings`.
         split: name of the prompt set, written into every record.
         progress: show bars with tokens per second.
+        kept: sampled answers and marks of tasks that an earlier, interrupted evaluation has left are taken from here.
     Raises:
         EmptyPromptSetError: no trajectory.
         ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model; and
@@ -82,7 +88,7 @@ def evaluate(
         TokenizerMismatchError: a model has fewer output tokens than the tokenizer.
         ModelLogitsError: a model returns NaN; names it.
     """
-    models = {TEACHER: teacher, **subjects}
+    models, kept = {TEACHER: teacher, **subjects}, kept or Kept()
     _check(models, teacher, held_out, references, settings)
     check_optional(models, tokenizer, settings, split)
     prompts = _group(held_out)
@@ -109,7 +115,7 @@ def evaluate(
         return np.bincount(prompt_of, weights=values, minlength=len(prompts))
 
     answers = {
-        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, seeds[name], progress)
+        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, seeds[name], progress, kept)
         for name, model in models.items()
         if seeds[name]
     }
@@ -172,7 +178,7 @@ def evaluate(
             scope, models, tokenizer, settings.perplexity, settings.batch_size, settings.compare, progress
         )
     if settings.tasks is not None:
-        records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare)
+        records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare, kept)
     asked = [str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)) for prompt in prompts]
     first_answers = {TEACHER: [text(row[0]) for row in teachers]}
     first_answers |= {name: [text(row[0]) for row in rows] for name, rows in answers.items() if name != TEACHER}
@@ -241,24 +247,29 @@ def _sample(
     settings: EvaluationSettings,
     seeds: Sequence[int],
     progress: bool,
+    kept: Kept,
 ) -> list[list[SampledAnswer]]:
     """Answers by prompt, inside it by seed."""
+    prompts_ids = [prompt.prompt_ids for prompt in prompts]
+    how = {
+        "end_token_ids": list(end_token_ids),
+        "vocab_size": vocab_size,
+        **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "batch_size"}),
+    }
+
+    def sample(seed: int) -> list[tuple[list[int], bool]]:
+        label = f"{name}, seed {seed}" if progress else None
+        answers, _ = sample_answers(model, prompts_ids, seed=seed, progress=label, **how)
+        return [(answer.token_ids.tolist(), answer.terminated) for answer in answers]
+
+    asked = hashlib.sha256(json.dumps([ids.tolist() for ids in prompts_ids]).encode()).hexdigest()
     by_seed = [
-        sample_answers(
-            model,
-            [prompt.prompt_ids for prompt in prompts],
-            end_token_ids=end_token_ids,
-            vocab_size=vocab_size,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
-            batch_size=settings.batch_size,
-            progress=f"{name}, seed {seed}" if progress else None,
-        )[0]
-        for seed in seeds
+        kept.get("answers", name, {**how, "prompts": asked, "seed": seed}, partial(sample, seed)) for seed in seeds
     ]
-    return [list(row) for row in zip(*by_seed, strict=True)]
+    return [
+        [SampledAnswer(np.array(token_ids, np.int32), terminated) for token_ids, terminated in row]
+        for row in zip(*by_seed, strict=True)
+    ]
 
 
 def _rouge(

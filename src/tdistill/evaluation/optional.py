@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +15,7 @@ from tdistill.evaluation.bootstrap import bootstrap_mean, bootstrap_mean_differe
 from tdistill.evaluation.exposure import ExposureCurve, PositionSums, exposure, kl_by_position
 from tdistill.evaluation.generation import SampledAnswer
 from tdistill.evaluation.judge import JudgeSettings, check_judge, judge_answers
+from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.perplexity import (
     PerplexitySettings,
     check_window,
@@ -24,6 +27,7 @@ from tdistill.evaluation.records import EvaluationSettings, Result
 from tdistill.evaluation.scope import LEVEL, TEACHER, Scope
 from tdistill.evaluation.states import open_head
 from tdistill.evaluation.tasks import TaskSettings, check_task, run_task
+from tdistill.files import file_sha256
 
 _log = logging.getLogger(__name__)
 
@@ -233,13 +237,20 @@ def task_records(
     tasks: Mapping[str, TaskSettings],
     end_token_ids: Sequence[int],
     pairs: Pairs,
+    kept: Kept,
 ) -> list[Result]:
     """Share of right answers to each task, and its paired difference of the pairs (subject, against)."""
     records = []
     for task, settings in tasks.items():
+        files = [file_sha256(Path(path)) for path in (settings.data, settings.fewshot_data) if path is not None]
+        facts = {**settings.model_dump(), "files": files, "end_token_ids": list(end_token_ids)}
+
+        def marks_of(model: PreTrainedModel, task: str = task, settings: TaskSettings = settings) -> list[float]:
+            marks = run_task(model, tokenizer, task, settings, end_token_ids=end_token_ids, seed=scope.seed)
+            return [float(mark) for mark in marks]
+
         marks = {
-            name: run_task(model, tokenizer, task, settings, end_token_ids=end_token_ids, seed=scope.seed)
-            for name, model in models.items()
+            name: np.array(kept.get("task", name, facts, partial(marks_of, model))) for name, model in models.items()
         }
         note = f"lm-eval, greedy, {settings.num_fewshot} examples before each question."
         for name, found in marks.items():

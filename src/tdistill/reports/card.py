@@ -9,10 +9,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tdistill.errors import DataFileError
+from tdistill.files import write_atomically
 from tdistill.reports.findings import facts, verdict
 from tdistill.reports.load import RunArtifacts, load_run
 from tdistill.reports.tables import GROUP_TITLES, escape_markdown, markdown_table
-from tdistill.reports.write import write_atomically
 
 # The hub refuses a card whose base_model is a path, so a name of any other form stays in the text alone.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -244,6 +244,8 @@ def _recipe_without_seeds(recipe: dict[str, Any]) -> str:
     for phase in _phases(same).values():
         if isinstance(phase.get("args"), dict):
             phase["args"].pop("seed", None)
+    if isinstance(same.get("capture"), dict):  # where answers to the same request lie
+        same["capture"].pop("from_run", None)
     return json.dumps(same, sort_keys=True, default=str)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tdistill.files import write_atomically
 from tdistill.reports import plots
 from tdistill.reports.findings import (
     DISTINCT_2_FLOOR,
@@ -19,7 +20,6 @@ from tdistill.reports.findings import (
 from tdistill.reports.load import RunArtifacts, load_run
 from tdistill.reports.records import format_number, format_record, main_split, scale_of
 from tdistill.reports.tables import GROUP_TITLES, build_table
-from tdistill.reports.write import write_atomically
 
 NUM_ANSWERS = 12
 

@@ -22,6 +22,7 @@ from tdistill.errors import (
     StoreError,
     StoreIdentityError,
 )
+from tdistill.files import file_sha256
 from tdistill.store import schema
 from tdistill.store.codes import check_log_prob_bits
 from tdistill.store.read import Store, open_shard, read_header, read_jobs
@@ -210,7 +211,7 @@ def _unlisted_entries(
     for file in schema.shard_files(path):
         if file.name in names:
             continue
-        sha256 = schema.file_sha256(file)
+        sha256 = file_sha256(file)
         if f"-{sha256[:16]}.parquet" not in file.name:
             say(f"{file} is damaged and is captured again: its SHA-256 is {sha256}")
             file.unlink()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tdistill.errors import StoreCorruptError
+from tdistill.files import file_sha256
 from tdistill.store import codes, schema
 from tdistill.types import ActionSets, Trajectory
 
@@ -269,7 +270,7 @@ class Store:
         if entry["file"] not in self._whole:
             self._check_size(entry)
             try:
-                sha256 = schema.file_sha256(file)
+                sha256 = file_sha256(file)
             except OSError as error:
                 raise StoreCorruptError(f"{file}: expected a readable file, found: {error}. {_REMEDY}") from error
             if sha256 != entry["sha256"]:

@@ -212,12 +212,3 @@ def shard_number(name: str) -> int:
 def index_files(path: Path) -> list[Path]:
     """Files in folder ``path`` that are named like an index."""
     return [file for file in path.iterdir() if INDEX_NAME.fullmatch(file.name)]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

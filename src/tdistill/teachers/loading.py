@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tdistill.errors import ConfigError, ModelNotFoundError
+from tdistill.files import file_sha256
 from tdistill.prompts import resolve_package_path
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -42,15 +43,6 @@ def resolve_model_folder(address: str, gguf_file: str | None = None) -> Path:
             f"'{address}' is neither a folder nor a model that the hub gave ({type(error).__name__}). Check the "
             "spelling and the network, or give a local folder."
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def weights_sha256(folder: Path, gguf_file: str | None = None) -> str:
