@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic_run import EVIL
 
+from tdistill import files
 from tdistill.reports.html import NUM_ANSWERS, write_report
 from tdistill.reports.load import load_run
 
