@@ -35,6 +35,7 @@ from tdistill.errors import (
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.optional import check_inputs
 from tdistill.evaluation.sparsity import sparsity
+from tdistill.evaluation.tasks import check_task_context
 from tdistill.head import check_head
 from tdistill.preflight import check_adapter, check_context, check_finite, check_room
 from tdistill.prompts import (
@@ -312,6 +313,7 @@ class Run:
         check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
         config = teacher.model.config
         max_new_tokens = max(recipe.capture.max_new_tokens, recipe.evaluation.max_new_tokens)
+        configs = {f"the teacher {recipe.teacher.model}": config}
         check_context(config, f"the teacher {recipe.teacher.model}", prompts, max_new_tokens)
         if recipe.student.layers is not None:
             num_layers = config.get_text_config().num_hidden_layers
@@ -326,7 +328,10 @@ class Run:
         else:
             self._make_start(teacher)
             config = AutoConfig.from_pretrained(self.folder / "start")
+            configs[f"the student {recipe.student.model}"] = config
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
+        for name, task in (recipe.evaluation.tasks or {}).items():
+            check_task_context(name, task, teacher.tokenizer, configs)
         attention = recipe.student.attn_implementation
         try:
             with torch.device("meta"):

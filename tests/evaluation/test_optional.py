@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_judge import parts, serving
 
-from tdistill.errors import ConfigError, DataFileError, JudgeError, ModelLogitsError
+from tdistill.errors import ConfigError, DataFileError, JudgeError, ModelLogitsError, PromptTooLongError
 from tdistill.evaluation import evaluate as module
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.exposure import kl_by_position
@@ -182,10 +182,15 @@ def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_o
     path.write_text('{"text": "word2"}\n')
     with pytest.raises(ConfigError, match=r"window_tokens = 512, but model 'teacher' was made for 128"):
         run(*world, perplexity={"text": str(path)})
-    monkeypatch.setattr("tdistill.evaluation.optional.check_task", lambda name, task: None)
+    monkeypatch.setattr("tdistill.evaluation.tasks._check_installed", lambda name: None)
+    path.write_text('{"question": "word2", "answer": "#### 2"}\n')
     for name in ("text", "held_out"):
         with pytest.raises(ConfigError, match=f"'{name}' already names"):
-            run(*world, tasks={name: {"data": "x"}})
+            run(*world, tasks={name: {"data": str(path)}})
+    with pytest.raises(
+        PromptTooLongError, match=r"evaluation\.tasks\.sums: .* model 'teacher' was made for 128 in all"
+    ):
+        run(*world, tasks={"sums": {"data": str(path)}})
     torch.nn.init.constant_(subjects["sft"].lm_head.weight, torch.nan)
     with pytest.raises(ModelLogitsError, match="'sft' gives NaN"):
         run(*world, exposure={})

@@ -23,7 +23,7 @@ from tdistill.evaluation.perplexity import (
 from tdistill.evaluation.records import EvaluationSettings, Result
 from tdistill.evaluation.scope import LEVEL, TEACHER, Scope
 from tdistill.evaluation.states import open_head
-from tdistill.evaluation.tasks import TaskSettings, check_task, run_task
+from tdistill.evaluation.tasks import TaskSettings, check_task, check_task_context, run_task
 
 _log = logging.getLogger(__name__)
 
@@ -60,14 +60,17 @@ def check_optional(
     Raises:
         ConfigError: ``judge.against`` is no subject; a window is too long for a model; a task has the name of another
             split; and see :func:`check_inputs`.
+        PromptTooLongError: see :func:`~tdistill.evaluation.tasks.check_task_context`.
         JudgeError: the judge does not answer, or refuses.
         UnsupportedModelError, TokenizerMismatchError, ModelLogitsError: see
             :func:`~tdistill.evaluation.states.open_head`.
     """
     check_inputs(settings)
-    for name in settings.tasks or {}:
+    configs = {f"model '{name}'": model.config for name, model in models.items()}
+    for name, task in (settings.tasks or {}).items():
         if name in (split, TEXT):
             raise ConfigError(f"evaluation.tasks.{name}: '{name}' already names a set of records. Rename the task.")
+        check_task_context(name, task, tokenizer, configs)
     if settings.perplexity is not None:
         for name, model in models.items():
             check_window(model, name, settings.perplexity.window_tokens)
