@@ -369,7 +369,7 @@ def _answer_records(
     terminated = [float(np.mean([answer.terminated for answer in row])) for row in rows]
     intervals = {
         "response_length": bootstrap_mean(lengths, scope.seed),
-        "terminated_share": bootstrap_mean(terminated, scope.seed),
+        "terminated_share": bootstrap_mean(terminated, scope.seed, shares=True),
     }
     bigrams = np.array([np.sum([distinct_bigrams(answer.token_ids) for answer in row], axis=0) for row in rows])
     if bigrams[:, 1].any():

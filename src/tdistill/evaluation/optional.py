@@ -222,7 +222,11 @@ def judge_records(
         rates = {"judge_win_rate": score, "judge_tie_share": score == 0.5, "judge_self_agreement": agrees}
         records += [
             scope.record(
-                metric, name, bootstrap_mean(values, scope.seed, LEVEL), num_items=int(found.judged.sum()), note=note
+                metric,
+                name,
+                bootstrap_mean(values, scope.seed, LEVEL, shares=True),
+                num_items=int(found.judged.sum()),
+                note=note,
             )
             for metric, values in rates.items()
         ]
@@ -247,9 +251,10 @@ def task_records(
         note = f"lm-eval, greedy, {settings.num_fewshot} examples before each question."
         for name, found in marks.items():
             shared = {"split": task, "num_items": len(found), "note": note}
-            records.append(scope.record("task_accuracy", name, bootstrap_mean(found, scope.seed, LEVEL), **shared))
+            interval = bootstrap_mean(found, scope.seed, LEVEL, shares=True)
+            records.append(scope.record("task_accuracy", name, interval, **shared))
         for subject, against in dict.fromkeys(pairs):
-            interval = bootstrap_mean_difference(marks[subject], marks[against], scope.seed, LEVEL)
+            interval = bootstrap_mean_difference(marks[subject], marks[against], scope.seed, LEVEL, shares=True)
             shared = {"split": task, "num_items": len(marks[subject]), "against": against, "note": note}
             records.append(scope.record("task_accuracy", subject, interval, **shared))
     return records
