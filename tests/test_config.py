@@ -683,12 +683,14 @@ def test_optional_measurements_are_off_and_can_be_switched_on(plain: Path):
             "evaluation.exposure={}",
             "evaluation.perplexity.text=held_out.jsonl",
             "evaluation.judge={base_url: http://localhost:8000/v1, model: judge, against: sft}",
+            "evaluation.judge.extra_body={temperature: null, max_completion_tokens: 900}",
             "evaluation.tasks.gsm8k={data: gsm8k.jsonl, limit: 5}",
         ],
     )
     assert recipe.evaluation.exposure.min_share == 0.5
     assert recipe.evaluation.perplexity.window_tokens == 512
     assert recipe.evaluation.judge.against == "sft"
+    assert recipe.evaluation.judge.extra_body == {"temperature": None, "max_completion_tokens": 900}
     assert recipe.evaluation.tasks["gsm8k"].limit == 5
     (plain.parent / "resolved.yaml").write_text(recipe.to_yaml())
     assert load_recipe(plain.parent / "resolved.yaml") == recipe
@@ -727,5 +729,6 @@ def test_no_message_about_a_judge_shows_a_key(plain: Path):
         f"evaluation.judge={{base_url: 'https://me:{key}@h/v1', model: m}}",
         f"evaluation.judge={{base_url: 'http://h/v1', model: m, api_key_env: {key}}}",
         f"evaluation.judge={{base_url: 'http://h/v1', model: m, api_key: {key}}}",
+        f"evaluation.judge={{base_url: 'http://h/v1', model: m, extra_body: {{api_key: {key}}}}}",
     ):
         assert key not in refusal(plain, override)

@@ -38,6 +38,7 @@ from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import check_inputs
 from tdistill.evaluation.scope import TEACHER
 from tdistill.evaluation.sparsity import sparsity
+from tdistill.evaluation.tasks import check_task_context
 from tdistill.files import write_atomically
 from tdistill.head import check_head
 from tdistill.preflight import check_adapter, check_context, check_finite, check_room
@@ -198,6 +199,9 @@ class Run:
         subjects = {name: self._load(folder) for name, folder in folders.items()}
         weights = {name: weights_sha256(folder) for name, folder in folders.items()}
         weights[TEACHER] = teacher.identity["weights_sha256"]
+        asked = [PromptTokens(row.prompt_id, row.prompt_ids) for row in map(held_out.__getitem__, range(len(held_out)))]
+        for name, model in {TEACHER: teacher.model, **subjects}.items():
+            check_context(model.config, name, asked, self.recipe.evaluation.max_new_tokens)
         pairs = tuple((self.recipe.final_phase, control) for control in self.recipe.controls)
         settings = self.recipe.evaluation.model_copy(update={"compare": self.recipe.evaluation.compare or pairs})
         results = evaluate(
@@ -412,6 +416,7 @@ class Run:
         check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
         config = teacher.model.config
         max_new_tokens = max(recipe.capture.max_new_tokens, recipe.evaluation.max_new_tokens)
+        configs = {f"the teacher {recipe.teacher.model}": config}
         check_context(config, f"the teacher {recipe.teacher.model}", prompts, max_new_tokens)
         if recipe.student.layers is not None:
             num_layers = config.get_text_config().num_hidden_layers
@@ -426,7 +431,10 @@ class Run:
         else:
             assert recipe.student.model is not None
             config = AutoConfig.from_pretrained(resolve_model_folder(recipe.student.model))
+            configs[f"the student {recipe.student.model}"] = config
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
+        for name, task in (recipe.evaluation.tasks or {}).items():
+            check_task_context(name, task, teacher.tokenizer, configs)
         attention = recipe.student.attn_implementation
         try:
             with torch.device("meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from cli.harness import ARGUMENTS, changed, recipe_tree, strict_json, tdistill, write_recipe
 
 from tdistill.reports.load import load_run
@@ -43,3 +44,17 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for place in (page, outcome.out, (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")):
         assert "Excess accumulated error" in place and "Perplexity per word" in place
+
+
+def test_a_task_that_does_not_fit_is_found_before_the_teacher_answers(
+    tmp_path: Path, tiny_teacher_folder: Path, tiny_prompt_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tdistill.evaluation.tasks._check_installed", lambda name: None)
+    data = tmp_path / "sums.jsonl"
+    data.write_text('{"question": "2 + 2 ?", "answer": "#### 4"}\n')
+    tree = recipe_tree(tiny_teacher_folder, tiny_prompt_files, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "recipe.yaml", changed(tree, evaluation={"tasks": {"sums": {"data": str(data)}}}))
+    refused = tdistill("run", recipe)
+    assert refused.code == 3 and "evaluation.tasks.sums: question 1 of" in refused.err
+    assert f"the teacher {tiny_teacher_folder} was made for 128 in all" in " ".join(refused.err.split())
+    assert not (tmp_path / "run" / "store").exists()

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from tdistill.evaluation import bootstrap
 from tdistill.evaluation.bootstrap import (
@@ -80,8 +81,41 @@ def test_constant_data_have_an_interval_of_no_width(interval, value):
     assert interval.low == interval.value == interval.high
 
 
-def test_one_prompt_says_nothing_about_others():
+@pytest.mark.parametrize(("value", "num_items"), [(0.0, 20), (1.0, 12), (0.0, 2)])
+def test_shares_that_are_all_0_or_all_1_have_an_exact_interval(value, num_items):
+    exact = stats.binomtest(int(value * num_items), num_items).proportion_ci(0.9, "exact")
+    interval = bootstrap_mean([value] * num_items, seed=0, level=0.9, shares=True)
+    assert interval == pytest.approx((value, exact.low, exact.high))
+    # Averaged over seeds first: a prompt is one item, however often it was answered.
+    assert bootstrap_mean([[value] * 5] * num_items, seed=0, level=0.9, shares=True) == interval
+
+
+def test_equal_shares_between_0_and_1_leave_room_on_both_sides():
+    others = 1 - 0.025 ** (1 / 9)
+    assert bootstrap_mean([0.5] * 9, seed=0, shares=True) == pytest.approx((0.5, 0.5 - others / 2, 0.5 + others / 2))
+    none = bootstrap_mean_difference([1.0] * 9, [1.0] * 9, seed=0, shares=True)
+    assert none == pytest.approx((0, -others, others))
+    whole = bootstrap_mean_difference([1.0] * 9, [0.0] * 9, seed=0, shares=True)
+    assert whole == pytest.approx((1, 1 - 2 * others, 1))
+
+
+def test_an_exact_interval_covers_a_share_that_is_never_seen():
+    # The upper end is the share at which n items without one success have a probability of 2.5 %.
+    high = bootstrap_mean([0.0] * 20, seed=0, shares=True).high
+    assert (1 - high) ** 20 == pytest.approx(0.025)
+
+
+def test_shares_that_differ_are_resampled_like_anything_else():
+    values = np.random.default_rng(6).integers(0, 2, size=30)
+    assert bootstrap_mean(values, seed=0, shares=True) == bootstrap_mean(values, seed=0)
+    a, b = np.random.default_rng(7).integers(0, 2, size=(2, 30))
+    assert bootstrap_mean_difference(a, b, seed=0, shares=True) == bootstrap_mean_difference(a, b, seed=0)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_one_prompt_says_nothing_about_others(shares):
     assert bootstrap_mean([0.4], seed=0) == (0.4, None, None)
+    assert bootstrap_mean([1.0], seed=0, shares=shares) == (1.0, None, None)
 
 
 def test_a_resample_without_tokens_gives_no_interval_instead_of_nan():

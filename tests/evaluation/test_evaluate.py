@@ -100,6 +100,16 @@ def test_all_metrics_of_all_subjects(subjects, teacher, tokenizer, held_out):
     assert results.find("rouge_l_teacher", "bd").seeds == (10, 20)
 
 
+def test_a_share_without_exception_is_not_certain(teacher, tokenizer, held_out):
+    ended = [replace(trajectory, ends="terminal") for trajectory in held_out]
+    results = run({}, teacher, tokenizer, ended, settings=SETTINGS.model_copy(update={"compare": ()}))
+    share = results.find("terminated_share", "teacher")
+    assert (share.value, share.low, share.high) == pytest.approx((1, 0.025 ** (1 / 6), 1))
+    # What follows from its definition is.
+    distance = results.find("kl_teacher_student", "teacher")
+    assert (distance.value, distance.low, distance.high) == (0, 0, 0)
+
+
 def test_stored_answers_are_their_own_references(teacher, tokenizer, held_out):
     references: dict[str, list[str]] = {}
     for t in held_out:

@@ -1,5 +1,6 @@
 import json
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from tdistill.errors import ConfigError, JudgeError
 from tdistill.evaluation.judge import JudgeSettings, check_judge, combine, judge_answers, read_verdict
+from tdistill.evaluation.kept import Kept
 
 KEY = "sk-very-secret-0123456789"
 
@@ -50,6 +52,25 @@ def test_a_judge_that_prefers_a_place_is_found_out():
     assert found.score.tolist() == [0.5, 0.5] and found.agrees.tolist() == [0.0, 0.0]
 
 
+def test_replies_that_were_kept_are_not_asked_for_again(tmp_path):
+    keep = partial(Kept(tmp_path, {"bd": "hash"}).get, "judge", "bd")
+    answered = []
+
+    def reply(body):
+        answered.append(body)
+        return longer_is_better(body) if len(answered) != 4 else (500, {}, b"")
+
+    def ask(judge, **fields):
+        return judge_answers(["p", "q"], ["long", "x"], ["y", "longer"], settings(judge, **fields), keep=keep)
+
+    with serving(reply) as judge:
+        assert ask(judge, num_parallel=1, max_attempts=1).num_unanswered == 1
+        found = ask(judge)
+        assert (len(answered), found.num_unanswered, found.score.tolist()) == (5, 0, [1.0, 0.0])
+        ask(judge, max_tokens=9)
+        assert len(answered) == 9
+
+
 def test_replies_without_one_verdict_are_counted_and_not_interpreted():
     def reply(body):
         request, first, _ = parts(body)
@@ -88,6 +109,85 @@ def test_a_win_needs_both_orders(order_ab, order_ba, expected):
 def test_the_same_verdict_twice_is_one_verdict():
     assert read_verdict("[[B]] ... so [[B]]") == "second"
     assert read_verdict("") is None and read_verdict("[[D]] [B]") is None
+
+
+# ---- other servers ----
+
+
+def test_extra_fields_are_added_changed_and_left_out():
+    def reply(body):
+        # As hosted models answer that want another limit and take no temperature.
+        refused = {"max_tokens", "temperature"} & set(body)
+        return (400, {}, b"Unsupported parameter") if refused else longer_is_better(body)
+
+    extra = {"max_tokens": None, "temperature": None, "max_completion_tokens": 900, "seed": 7, "top_p": 0.5,
+             "chat_template_kwargs": {"enable_thinking": False, "unset": None}}  # fmt: skip
+    with serving(reply) as judge:
+        assert judge_answers(["p"], ["aa"], ["b"], settings(judge)).num_unanswered == 2
+        judge.requests.clear()
+        found = judge_answers(["p"], ["aa"], ["b"], settings(judge, extra_body=extra))
+    assert found.score.tolist() == [1.0]
+    sent = [{name: body[name] for name in body if name != "messages"} for _, _, body in judge.requests]
+    expected = {"model": "judge", "max_completion_tokens": 900, "seed": 7, "top_p": 0.5,
+                "chat_template_kwargs": {"enable_thinking": False, "unset": None}}  # fmt: skip
+    assert sent == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "apiKey",
+        "key",
+        "token",
+        "x-api-key",
+        "Authorization",
+        "auth_token",
+        "password",
+        "headers",
+        "client_secret",
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_key_stands_in_extra_fields(name, nested):
+    extra = {"options": [{"inner": {name: KEY}}]} if nested else {name: KEY}
+    with pytest.raises(ValidationError, match=rf"extra_body\.{name} looks like a key.*api_key_env") as caught:
+        JudgeSettings(base_url="http://h/v1", model="m", extra_body=extra)
+    assert all(KEY not in error["msg"] for error in caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "other"}, r"extra_body\.model cannot be set: it is evaluation\.judge\.model\. Remove"),
+        ({"messages": None}, r"extra_body\.messages cannot be set"),
+        ({"stream": True}, r"extra_body\.stream cannot be set: replies are read as a whole"),
+        ({"max_tokens": 9}, r"extra_body\.max_tokens cannot be set: it is evaluation\.judge\.max_tokens"),
+        ({"top_p": float("nan")}, "not finite"),
+    ],
+)
+def test_extra_fields_that_would_break_a_request_are_refused(extra, message):
+    with pytest.raises(ValidationError, match=message):
+        JudgeSettings(base_url="http://h/v1", model="m", extra_body=extra)
+
+
+def test_what_a_server_rejects_is_quoted_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    reason = f"Unsupported\nparameter \x1b[31m'temperature' of {KEY} " + "x" * 500
+    with serving(lambda body: (400, {}, reason.encode())) as judge, pytest.raises(JudgeError) as caught:
+        check_judge(settings(judge, api_key_env="JUDGE_KEY"))
+    message = str(caught.value)
+    assert f"The judge at {judge.base_url} (evaluation.judge.base_url) rejects a request to model 'judge'" in message
+    assert r"status 400: Unsupported parameter \x1b[31m'temperature' of *** xxx" in message
+    assert "evaluation.judge.extra_body, such as {temperature: null}" in message and "Start the server" not in message
+    assert KEY not in message and message.isprintable() and len(message) < 700
+    assert len(judge.requests) == 1
+
+
+def test_a_server_that_stays_busy_is_not_taken_for_a_wrong_address():
+    with serving(lambda body: (503, {}, b"loading model")) as judge, pytest.raises(JudgeError) as caught:
+        check_judge(settings(judge))
+    assert "is not ready, status 503: loading model. Wait" in str(caught.value)
 
 
 # ---- what goes wrong on the way ----
@@ -147,6 +247,27 @@ def test_waits_double(monkeypatch):
     with serving(lambda body: (500, {}, b"")) as judge, pytest.raises(JudgeError):
         check_judge(settings(judge, max_attempts=4, retry_wait_s=0.5))
     assert waits == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "expected"),
+    [
+        (429, "7", [7.0, 7.0]),
+        (503, " 1 ", [1.0, 1.0]),
+        (429, "0", [0.5, 1.0]),
+        (503, "86400", [60.0, 60.0]),
+        (503, "9" * 400, [60.0, 60.0]),
+        (429, "Wed, 21 Oct 2026 07:28:00 GMT", [0.5, 1.0]),
+        (429, "-5", [0.5, 1.0]),
+        (500, "7", [0.5, 1.0]),
+    ],
+)
+def test_a_busy_server_is_given_the_time_that_it_asks_for(monkeypatch, status, asked, expected):
+    waits = []
+    monkeypatch.setattr("tdistill.evaluation.judge.time.sleep", waits.append)
+    with serving(lambda body: (status, {"Retry-After": asked}, b"")) as judge, pytest.raises(JudgeError):
+        check_judge(settings(judge, retry_wait_s=0.5))
+    assert waits == expected
 
 
 def test_a_server_that_is_not_there_is_named():

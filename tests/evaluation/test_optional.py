@@ -8,12 +8,15 @@ import pytest
 import torch
 from fake_judge import parts, serving
 
-from tdistill.errors import ConfigError, DataFileError, JudgeError, ModelLogitsError
+from tdistill.errors import ConfigError, DataFileError, JudgeError, ModelLogitsError, PromptTooLongError
 from tdistill.evaluation import evaluate as module
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.exposure import kl_by_position
 from tdistill.evaluation.generation import sample_answers
+from tdistill.evaluation.optional import task_records
 from tdistill.evaluation.records import METRICS, OPTIONAL_METRICS, EvaluationSettings, Results
+from tdistill.evaluation.scope import Scope
+from tdistill.evaluation.tasks import TaskSettings
 
 SETTINGS = EvaluationSettings(
     seeds=(10, 20), max_new_tokens=6, batch_size=4, compare=(("bd", "sft"),), speed_tokens=3, num_shown_prompts=2
@@ -131,7 +134,8 @@ def test_judge(subjects, teacher, tokenizer, held_out):
         scores = [0.5 if a == b else float(a > b) for a, b in pairs]
         record = results.find("judge_win_rate", name)
         assert record.value == pytest.approx(np.mean(scores)) and record.num_items == 4
-        assert results.find("judge_self_agreement", name).value == 1.0
+        agreement = results.find("judge_self_agreement", name)
+        assert (agreement.value, agreement.low, agreement.high) == pytest.approx((1, 0.025 ** (1 / 4), 1))
         assert results.find("judge_unread_share", name).value == 0.0
         assert "Against start, by m, both orders. Of 8 requests 0 had no readable" in record.note
     assert results.find("judge_win_rate", "start") is None
@@ -163,6 +167,15 @@ def test_tasks(subjects, teacher, tokenizer, held_out, tmp_path):
     ]
 
 
+def test_no_right_answer_is_not_certainty(tokenizer, monkeypatch):
+    monkeypatch.setattr("tdistill.evaluation.optional.run_task", lambda *args, **kwargs: np.zeros(20))
+    scope, tasks = Scope("held_out", 6, 0), {"sums": TaskSettings(data="x")}
+    own, other, difference = task_records(scope, {"bd": None, "sft": None}, tokenizer, tasks, (0,), [("bd", "sft")])
+    for record in (own, other):
+        assert (record.value, record.low, record.high) == pytest.approx((0, 0, 0.16843), abs=1e-5)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0, -0.16843, 0.16843), abs=1e-5)
+
+
 def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_out, monkeypatch, tmp_path):
     def no_work(*args, **kwargs):
         raise AssertionError("work began")
@@ -182,10 +195,15 @@ def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_o
     path.write_text('{"text": "word2"}\n')
     with pytest.raises(ConfigError, match=r"window_tokens = 512, but model 'teacher' was made for 128"):
         run(*world, perplexity={"text": str(path)})
-    monkeypatch.setattr("tdistill.evaluation.optional.check_task", lambda name, task: None)
+    monkeypatch.setattr("tdistill.evaluation.tasks._check_installed", lambda name: None)
+    path.write_text('{"question": "word2", "answer": "#### 2"}\n')
     for name in ("text", "held_out"):
         with pytest.raises(ConfigError, match=f"'{name}' already names"):
-            run(*world, tasks={name: {"data": "x"}})
+            run(*world, tasks={name: {"data": str(path)}})
+    with pytest.raises(
+        PromptTooLongError, match=r"evaluation\.tasks\.sums: .* model 'teacher' was made for 128 in all"
+    ):
+        run(*world, tasks={"sums": {"data": str(path)}})
     torch.nn.init.constant_(subjects["sft"].lm_head.weight, torch.nan)
     with pytest.raises(ModelLogitsError, match="'sft' gives NaN"):
         run(*world, exposure={})

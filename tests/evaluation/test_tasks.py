@@ -1,11 +1,26 @@
+import copy
 import json
 
 import pytest
 from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
+from transformers import BloomConfig
 
-from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
+from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError, PromptTooLongError
 from tdistill.evaluation import tasks
-from tdistill.evaluation.tasks import TaskSettings, check_task, run_task, task_config
+from tdistill.evaluation.tasks import (
+    TaskSettings,
+    check_task,
+    check_task_context,
+    run_task,
+    task_config,
+    task_prompts,
+)
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }} : {{ message['content'] }} <end>{% endfor %}"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
+)
 
 
 def write(path, rows):
@@ -47,6 +62,93 @@ def test_what_is_missing_is_named(installed, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"evaluation\.tasks\.sums needs the package lm-eval.*tdistill\[tasks\]"):
         check_task("sums", TaskSettings(data=data))
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three questions, of which the second is the longest, and two examples."""
+    questions = [{"question": q, "answer": "#### 1"} for q in ("word2", "word3 word4 word5", "word6")]
+    examples = [{"question": f"word1{i}", "answer": f"word2{i}\n\n#### {i}"} for i in range(2)]
+    return {
+        "data": write(tmp_path / "d.jsonl", questions),
+        "fewshot_data": write(tmp_path / "e.jsonl", examples),
+        "num_fewshot": 2,
+    }
+
+
+def test_a_solution_may_have_paragraphs(files):
+    def stops(**fields):
+        return task_config("sums", TaskSettings(**files, **fields))["generation_kwargs"]["until"]
+
+    gsm8k = ["Question:", "</s>", "<|im_end|>"]
+    assert stops() == stops(chat=True) == stops(chat=True, answer="text") == gsm8k
+    # A model without turns goes on after an answer as the examples do.
+    assert stops(answer="text") == [*gsm8k, "\n\n"]
+
+
+def test_prompts_have_the_examples_before_the_question(files, chat_tokenizer):
+    settings = TaskSettings(**files, limit=1)
+    assert task_prompts("sums", settings, chat_tokenizer) == [
+        "Question: word10\nAnswer: word20\n\n#### 0\n\nQuestion: word11\nAnswer: word21\n\n#### 1\n\n"
+        "Question: word2\nAnswer:"
+    ]
+    one = settings.model_copy(update={"num_fewshot": 1, "chat": True})
+    assert task_prompts("sums", one, chat_tokenizer) == [
+        "user : Question: word10\nAnswer: <end>assistant : word20\n\n#### 0 <end>"
+        "user : Question: word2\nAnswer: <end> assistant :"
+    ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_that_would_be_cut_is_refused(files, make_model, chat_tokenizer, chat):
+    settings = TaskSettings(**files, chat=chat, max_new_tokens=20)
+    longest = len(chat_tokenizer(task_prompts("sums", settings, chat_tokenizer)[1])["input_ids"])
+    configs = {"the teacher t": make_model(0).config, "the student s": make_model(0).config}
+    configs["the student s"].max_position_embeddings = longest + 20
+    check_task_context("sums", settings, chat_tokenizer, configs)
+    configs["the student s"].max_position_embeddings = longest + 19
+    wanted = (
+        rf"evaluation\.tasks\.sums: question 2 of .*d\.jsonl has {longest} tokens with its num_fewshot = 2 examples, "
+        rf"and its answer up to max_new_tokens = 20; the student s was made for {longest + 19} in all\. Lower num_few"
+    )
+    with pytest.raises(PromptTooLongError, match=wanted):
+        check_task_context("sums", settings, chat_tokenizer, configs)
+    # What is not asked need not fit.
+    check_task_context("sums", settings.model_copy(update={"limit": 1}), chat_tokenizer, configs)
+    configs["the student s"] = BloomConfig()
+    check_task_context("sums", settings, chat_tokenizer, configs)
+
+
+def test_a_bos_token_of_the_template_counts_once(files, make_model, chat_tokenizer):
+    chat_tokenizer.add_special_tokens({"bos_token": "<end>"})
+    chat_tokenizer._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    settings = TaskSettings(**files, chat=True, max_new_tokens=1)
+    chat_tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    prompt = task_prompts("sums", settings, chat_tokenizer)[1]
+    config = make_model(0).config
+    config.max_position_embeddings = len(chat_tokenizer(prompt, add_special_tokens=False)["input_ids"]) + 1
+    check_task_context("sums", settings, chat_tokenizer, {"m": config})
+    config.max_position_embeddings -= 1
+    with pytest.raises(PromptTooLongError):
+        check_task_context("sums", settings, chat_tokenizer, {"m": config})
+
+
+def test_a_tokenizer_that_cannot_chat_is_named(files, make_model, tokenizer, chat_tokenizer):
+    settings, configs = TaskSettings(**files, chat=True), {"m": make_model(0).config}
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.tasks\.sums\.chat = true, but the tokenizer has no chat template"
+    ):
+        check_task_context("sums", settings, tokenizer, configs)
+    chat_tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
+    with pytest.raises(ConfigError, match=r"sums\.chat = true, but the chat template refuses .*no assistant.*false"):
+        check_task_context("sums", settings, chat_tokenizer, configs)
 
 
 # ---- with lm-eval ----
@@ -140,3 +242,26 @@ def test_a_model_is_run_and_marked_in_the_order_of_the_file(tmp_path, make_model
     short = settings.model_copy(update={"limit": 2})
     assert run_task(model, tokenizer, "words", short, end_token_ids=(0,)).tolist() == [1.0, 0.0]
     assert model.generation_config.repetition_penalty == 9.0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_lm_eval_asks_what_was_measured_and_cuts_nothing(
+    files, make_model, chat_tokenizer, chat, num_fewshot, monkeypatch
+):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    fields = files if num_fewshot else {"data": files["data"]}
+    settings = TaskSettings(**fields, chat=chat, limit=2, max_new_tokens=1)
+    model, asked = make_model(0), []
+    # Its configuration names no limit, and a tokenizer's is not the model's.
+    chat_tokenizer.model_max_length = 3
+    model.config = BloomConfig()
+
+    def generate_until(lm, requests, disable_tqdm=False):
+        asked.extend(request.args[0] for request in requests)
+        assert lm.max_length > 1_000_000
+        return ["#### 1"] * len(requests)
+
+    monkeypatch.setattr(huggingface.HFLM, "generate_until", generate_until)
+    assert run_task(model, chat_tokenizer, "sums", settings, end_token_ids=(0,)).tolist() == [1.0, 1.0]
+    assert asked == task_prompts("sums", settings, chat_tokenizer)

@@ -60,7 +60,7 @@ def test_values_and_paired_differences(tmp_path: Path) -> None:
     assert interval(found, "kl_teacher_student", "two:bd", "one:bd") == pytest.approx((-1, -1, -1))
     assert interval(found, "kl_teacher_student", "one:teacher", "one:bd") == pytest.approx((-1.75, -2, -1))
     assert found.find("kl_teacher_student", "one:bd", "one:bd") is None
-    # Every score is 0.1 below: paired over prompts and seeds.
+    # Every score is 0.1 below: paired over prompts, each with all of its seeds.
     assert interval(found, "rouge_l", "one:bd")[0] == pytest.approx(0.5)
     assert interval(found, "rouge_l", "two:bd", "one:bd") == pytest.approx((-0.1, -0.1, -0.1))
     assert found.find("rouge_l", "one:teacher") is None
@@ -116,6 +116,7 @@ def test_runs_of_different_training_seeds_are_one_row(tmp_path: Path) -> None:
     found = compare(folders, "other:bd", pool_seeds=True)
     assert [row.label for row in found.rows] == ["sNone:bd (2 seeds)", "other:bd"]
     assert found.rows[0].runs == tuple(folders[:2])
+    assert "95 % intervals over prompts and training seeds; ≈" in comparison_markdown(found)
     # Trainings of 1 and 3 nats per token.
     assert interval(found, "kl_teacher_student", "sNone:bd (2 seeds)") == pytest.approx((2, 1, 3))
     difference = interval(found, "kl_teacher_student", "sNone:bd (2 seeds)", "other:bd")
@@ -152,6 +153,26 @@ def test_what_limits_a_comparison_is_noted(tmp_path: Path) -> None:
     assert "different evaluation.top_p: 0.8, 0.9" in notes
     assert "temperature" not in notes
     assert compare([str(tmp_path / "a")]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "shown"), [("p_max", (0.8, 0.95), "0.8, 0.95"), ("max_actions", (64, None), "64, null")]
+)
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_other_action_sets_are_noted(tmp_path: Path, mode: str, key: str, values: tuple[Any, ...], shown: str) -> None:
+    for name, value in zip("ab", values, strict=True):
+        run(tmp_path / name, recipe=recipe(0, capture={"mode": mode, "seed": 0, key: value}))
+    notes = " ".join(compare([str(tmp_path / "a"), str(tmp_path / "b")]).notes)
+    assert f"made with different capture.{key}: {shown}. The mass outside the set" in notes
+    # Answers that were given do not depend on the sets; those of the teacher do, even where they are as long.
+    assert ("different stored answers" in notes) == (mode == "generate")
+
+
+def test_answers_of_other_seeds_are_other_answers(tmp_path: Path) -> None:
+    for mode, expected in (("generate", 1), ("score", 0)):
+        for seed in (0, 1):
+            run(tmp_path / f"{mode}{seed}", recipe=recipe(0, capture={"mode": mode, "p_max": 0.8, "seed": seed}))
+        assert len(compare([str(tmp_path / f"{mode}{seed}") for seed in (0, 1)]).notes) == expected
 
 
 def test_other_held_out_files_are_named(tmp_path: Path) -> None:
@@ -255,7 +276,8 @@ def test_the_table(compared: Comparison) -> None:
         "| one:bd | **1.75 [1.00, 2.00]** | −0.75 [−1.00, 0.00] | 3.000 | 10 |",
         "| one:sft | 2.5 [1.0, 3.0] ≈ | – | 3.000 | 15 |",
     ]
-    assert "held_out split; 2 prompts; brackets are 95 % intervals" in lines[-1]
+    # Sampling seeds are not drawn, and without pooling no training seeds either.
+    assert "held_out split; 2 prompts; brackets are 95 % intervals over prompts; ≈" in lines[-1]
     assert lines[-1].endswith("Bold: the best student of its column.")
     text = comparison_text(compared)
     assert "1.75 [1.00, 2.00] *" in text and "2.5 [1.0, 3.0] ≈" in text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,38 @@ def test_end_tokens_are_the_stores(exported, tiny_stores, tiny_tokenizer):
     assert len(config["eos_token_id"]) == 2
     assert config["pad_token_id"] == tiny_tokenizer.pad_token_id
     assert HFTeacher.from_pretrained(str(folder)).end_token_ids == tiny_stores["train"].end_token_ids
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # As models are released: transformers loads it with a warning and refuses to save it with other end tokens.
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
+        ({"top_k": 20}, {"do_sample": True, "top_k": 20}),
+        ({"do_sample": False, "temperature": 0.9, "top_k": 20}, {"do_sample": False}),
+        ({"do_sample": True, "min_p": 0.1}, {"do_sample": True, "min_p": 0.1}),
+        ({"length_penalty": 2.0, "early_stopping": True}, {}),
+        ({"num_beams": 2, "length_penalty": 2.0}, {"num_beams": 2, "length_penalty": 2.0}),
+        ({"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ],
+)
+def test_settings_that_transformers_refuses_to_save_are_settled(
+    tiny_start_folder, tiny_stores, tiny_tokenizer, tmp_path, given, expected
+):
+    start = shutil.copytree(tiny_start_folder, tmp_path / "start")
+    (start / "generation_config.json").write_text(json.dumps(given))
+    end_token_ids = tiny_stores["train"].end_token_ids
+    export_student(load_causal_lm(start), tiny_tokenizer, tmp_path / "student", end_token_ids)
+    found = json.loads((tmp_path / "student" / "generation_config.json").read_text())
+    assert found["eos_token_id"] == list(end_token_ids)
+    names = (
+        "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "length_penalty", "early_stopping",
+        "repetition_penalty",
+    )  # fmt: skip
+    idle = {"temperature": 1.0, "top_k": 50}
+    assert {name: found[name] for name in names if found.get(name) not in (None, idle.get(name))} == expected
+    # What was exported can be exported again.
+    export_student(load_causal_lm(tmp_path / "student"), tiny_tokenizer, tmp_path / "again", end_token_ids[:1])
 
 
 def test_the_student_answers_a_chat_message_and_stops(exported, tiny_teacher, tiny_stores):

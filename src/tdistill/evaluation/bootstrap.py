@@ -4,6 +4,9 @@ Prompts are the unit that is resampled: tokens of one answer, and answers of one
 each other, so they are summed or averaged inside their prompt first. Intervals are bias-corrected and accelerated
 (BCa; Efron 1987, J. Am. Stat. Assoc. 82, 171), which are closer to their level than percentile intervals for the
 skewed ratios at hand.
+
+A bootstrap of shares that are all the same, such as no right answer of 20, would say that the share is certain. They
+get an exact interval instead, where the caller says that the data are shares.
 """
 
 from __future__ import annotations
@@ -23,18 +26,18 @@ _BLOCK_ELEMENTS = 1_000_000
 _CONSTANT_RTOL, _CONSTANT_ATOL = 1e-12, 1e-15
 
 
-def bootstrap_mean(values_items: ArrayLike, seed: int, level: float = 0.95) -> Interval:
+def bootstrap_mean(values_items: ArrayLike, seed: int, level: float = 0.95, *, shares: bool = False) -> Interval:
     """Mean over prompts and its interval.
 
     Args:
         values_items: float [prompts], or [prompts, seeds]: seeds are averaged inside each prompt.
         seed: seed of the resampling.
         level: confidence level.
+        shares: the values are shares of yes-or-no items, in [0, 1].
     Returns:
-        Constant data give low = high = value; a single prompt gives no interval.
+        Constant data give low = high = value, and with ``shares`` an exact interval; a single prompt gives none.
     """
-    values = _per_prompt(values_items, np.mean)
-    return bootstrap_ratio(values, np.ones_like(values), seed, level)
+    return _mean(_per_prompt(values_items, np.mean), seed, level, (0.0, 1.0) if shares else None)
 
 
 def bootstrap_ratio(sums_items: ArrayLike, counts_items: ArrayLike, seed: int, level: float = 0.95) -> Interval:
@@ -56,9 +59,12 @@ def bootstrap_ratio(sums_items: ArrayLike, counts_items: ArrayLike, seed: int, l
     return _interval((sums, counts), ratio, seed, level)
 
 
-def bootstrap_mean_difference(a_items: ArrayLike, b_items: ArrayLike, seed: int, level: float = 0.95) -> Interval:
+def bootstrap_mean_difference(
+    a_items: ArrayLike, b_items: ArrayLike, seed: int, level: float = 0.95, *, shares: bool = False
+) -> Interval:
     """Mean paired difference a − b over the same prompts; arguments as in :func:`bootstrap_mean`."""
-    return bootstrap_mean(_per_prompt(a_items, np.mean) - _per_prompt(b_items, np.mean), seed, level)
+    differences = _per_prompt(a_items, np.mean) - _per_prompt(b_items, np.mean)
+    return _mean(differences, seed, level, (-1.0, 1.0) if shares else None)
 
 
 def bootstrap_ratio_difference(
@@ -97,6 +103,25 @@ def bootstrap_weighted(
 def _per_prompt(items: ArrayLike, reduce: Callable[..., np.ndarray]) -> np.ndarray:
     values = np.asarray(items, dtype=np.float64)
     return values if values.ndim == 1 else reduce(values, axis=1)
+
+
+def _mean(values: np.ndarray, seed: int, level: float, bounds: tuple[float, float] | None) -> Interval:
+    if bounds is not None and len(values) > 1 and np.ptp(values) == 0:
+        return _interval_of_equals(float(values[0]), len(values), level, bounds)
+    return bootstrap_ratio(values, np.ones_like(values), seed, level)
+
+
+def _interval_of_equals(value: float, num_items: int, level: float, bounds: tuple[float, float]) -> Interval:
+    """Interval of the mean of items in [low, high], n of which were seen and all had one value.
+
+    With confidence (1 + level)/2 at most q = 1 − ((1 − level)/2)^(1/n) of all items have another value, each of them
+    at most at a bound: value − q (value − low), value + q (high − value).  Source: at 0 and 1 of [0, 1] it is the exact
+    interval of Clopper & Pearson 1934, Biometrika 26, 404.
+    Differs from the source: the same argument for values between the bounds, such as ties alone.
+    """
+    low, high = bounds
+    others = 1 - ((1 - level) / 2) ** (1 / num_items)
+    return Interval(value, value - others * (value - low), value + others * (high - value))
 
 
 def _interval(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int, level: float) -> Interval:

@@ -79,7 +79,7 @@ def evaluate(
         settings: :class:`EvaluationSettings`.
         split: name of the prompt set, written into every record.
         progress: show bars with tokens per second.
-        kept: sampled answers and marks of tasks that an earlier, interrupted evaluation has left are taken from here.
+        kept: answers, marks of tasks and the judge's replies that an earlier evaluation left are taken from here.
     Raises:
         EmptyPromptSetError: no trajectory.
         ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model; and
@@ -183,7 +183,7 @@ def evaluate(
     first_answers = {TEACHER: [text(row[0]) for row in teachers]}
     first_answers |= {name: [text(row[0]) for row in rows] for name, rows in answers.items() if name != TEACHER}
     if settings.judge is not None:
-        records += judge_records(scope, asked, first_answers, settings.judge, progress)
+        records += judge_records(scope, asked, first_answers, settings.judge, progress, kept)
     shown = [
         ShownAnswers(
             prompt_id=prompt.prompt_id,
@@ -380,7 +380,7 @@ def _answer_records(
     terminated = [float(np.mean([answer.terminated for answer in row])) for row in rows]
     intervals = {
         "response_length": bootstrap_mean(lengths, scope.seed),
-        "terminated_share": bootstrap_mean(terminated, scope.seed),
+        "terminated_share": bootstrap_mean(terminated, scope.seed, shares=True),
     }
     bigrams = np.array([np.sum([distinct_bigrams(answer.token_ids) for answer in row], axis=0) for row in rows])
     if bigrams[:, 1].any():

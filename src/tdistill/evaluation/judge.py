@@ -9,19 +9,23 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from tqdm import tqdm
 
 from tdistill.errors import ConfigError, JudgeError
 
 Verdict = Literal["first", "second", "tie"]
+
+# What a request is, and what sends it → its reply.
+Keep = Callable[[Mapping[str, Any], Callable[[], str]], str]
 
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
 # The form of a verdict that MT-bench asks for.
@@ -31,7 +35,20 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REFUSED = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
 # Statuses after which the same request may succeed later: time-out, conflict, too many requests, and the server's own.
 _LATER = frozenset({408, 409, 429, 500, 502, 503, 504})
+# Of these, the ones with which a server may say how long to wait.
+_BUSY = frozenset({429, 503})
+_LONGEST_ASKED_WAIT_S = 60.0
 _SHOWN_CHARACTERS = 200
+# What the package itself fills in, or could not read the reply with, and what would be a secret in a recipe.
+_OWN_KEYS = {
+    "model": "it is evaluation.judge.model",
+    "messages": "they are the comparison itself",
+    "max_tokens": "it is evaluation.judge.max_tokens; only null stands here, which leaves it out",
+    "stream": "replies are read as a whole",
+}
+_SECRET = re.compile(
+    r"auth(orization)?(_.*)?|bearer|headers?|(.*_)?(apikey|key|token|secret|passw(or)?d|credentials?)", re.I
+)
 
 _INSTRUCTION = (
     "You compare two answers to the same request. Judge how helpful, correct and complete they are and how well they "
@@ -55,7 +72,10 @@ class JudgeSettings(BaseModel):
         timeout_s: seconds that one request may take.
         max_attempts: how often a request is sent before it counts as unanswered.
         num_parallel: requests under way at the same time.
-        retry_wait_s: seconds before the second attempt; the wait doubles with every further one.
+        retry_wait_s: seconds before the second attempt; the wait doubles with every further one. It is longer, up to
+            60 s, where a busy server (statuses 429 and 503) asks for that with ``Retry-After`` in seconds.
+        extra_body: fields of the requests beside or instead of ``max_tokens``, ``temperature: 0`` and ``seed: 0``; None
+            as a value leaves a field out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -70,6 +90,7 @@ class JudgeSettings(BaseModel):
     max_attempts: int = Field(default=3, ge=1)
     num_parallel: int = Field(default=4, ge=1)
     retry_wait_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    extra_body: dict[str, JsonValue] | None = None
 
     @field_validator("base_url")
     @classmethod
@@ -98,6 +119,29 @@ class JudgeSettings(BaseModel):
                 "key itself (the value given is not shown)"
             )
         return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _fields_of_a_request(cls, value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        for name, reason in _OWN_KEYS.items():
+            if value is not None and name in value and not (name == "max_tokens" and value[name] is None):
+                raise ValueError(f"extra_body.{name} cannot be set: {reason}. Remove it")
+        for name in _names(value):
+            if _SECRET.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_")):
+                raise ValueError(
+                    f"extra_body.{name} looks like a key, which is kept in no recipe; name the environment variable "
+                    "that holds it under api_key_env (the value given is not shown)"
+                )
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("extra_body holds a number that is not finite, which no request can; correct it") from None
+        return value
+
+    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        """What is sent."""
+        own = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        return {name: value for name, value in {**own, **(self.extra_body or {})}.items() if value is not None}
 
     def api_key(self) -> str | None:
         """The key, from the environment.
@@ -141,6 +185,14 @@ class Judgements:
     def judged(self) -> np.ndarray:
         """Where both orders have a verdict, bool [prompts]."""
         return ~np.isnan(self.score)
+
+
+class _Reply(NamedTuple):
+    """What came back: status, content, and the header ``Retry-After``."""
+
+    status: int
+    content: bytes
+    retry_after: str | None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -188,6 +240,7 @@ def judge_answers(
     settings: JudgeSettings,
     *,
     progress: str | None = None,
+    keep: Keep = lambda _facts, ask: ask(),
 ) -> Judgements:
     """Ask the judge which of two answers to each prompt is better, in both orders.
 
@@ -203,11 +256,14 @@ def judge_answers(
         answers_b: the other.
         settings: :class:`JudgeSettings`.
         progress: label of a progress bar, or None.
+        keep: returns the reply to a request from where it was kept, or what asking for it returns, and keeps that.
     Raises:
         ConfigError: the environment variable of the key is not set.
         JudgeError: the judge refuses the key, the model or the form of the requests: a later attempt would be useless.
     """
     key = settings.api_key()
+    # What a reply depends on, beside the request.
+    facts = settings.model_dump(include={"base_url", "model", "max_tokens", "extra_body"})
     orders = [
         (prompt, *pair) for prompt, a, b in zip(prompts, answers_a, answers_b, strict=True) for pair in ((a, b), (b, a))
     ]
@@ -216,7 +272,11 @@ def judge_answers(
         tqdm(total=len(orders), desc=progress, unit="request", disable=progress is None) as bar,
     ):
         replies = []
-        waiting = [pool.submit(_reply, settings, key, _messages(*order), settings.max_tokens) for order in orders]
+        requests = [_messages(*order) for order in orders]
+        waiting = [
+            pool.submit(keep, {**facts, "messages": of}, partial(_reply, settings, key, of, settings.max_tokens))
+            for of in requests
+        ]
         try:
             for future in waiting:
                 replies.append(_or_none(future.result))
@@ -245,14 +305,38 @@ def check_judge(settings: JudgeSettings) -> None:
     try:
         _reply(settings, settings.api_key(), [{"role": "user", "content": "Say yes."}], max_tokens=1)
     except _UnansweredError as error:
-        raise JudgeError(
-            f"The judge at {settings.base_url} (evaluation.judge.base_url) does not answer: {error}. Start the server, "
-            "or correct the address."
-        ) from None
+        judge = f"The judge at {settings.base_url} (evaluation.judge.base_url)"
+        if error.status is None:
+            message = f"{judge} does not answer: {error}. Start the server, or correct the address."
+        elif error.status in _LATER:
+            message = f"{judge} is not ready, {error}. Wait until it is, or raise evaluation.judge.max_attempts."
+        else:
+            message = (
+                f"{judge} rejects a request to model '{settings.model}', {error}. Change the field that it names with "
+                "evaluation.judge.extra_body, such as {temperature: null}, which leaves it out, or {max_tokens: null, "
+                "max_completion_tokens: 512}; or correct base_url or model."
+            )
+        raise JudgeError(message) from None
 
 
 class _UnansweredError(Exception):
-    """The last attempt at a request failed in a way that may pass."""
+    """The last attempt at a request failed in a way that may pass, or concerns this request.
+
+    Attributes:
+        status: of the reply, or None where there was none.
+    """
+
+    def __init__(self, reason: str, status: int | None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def _names(value: JsonValue) -> Iterator[str]:
+    """Names of all fields, at every depth."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _names(inner)
 
 
 def _or_none(result: Any) -> str | None:
@@ -277,13 +361,14 @@ def _reply(settings: JudgeSettings, key: str | None, messages: list[dict[str, st
         _UnansweredError: no attempt succeeded, or the server cannot take this one request.
         JudgeError: the server refuses the key, the model or the address.
     """
-    body = {"model": settings.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
-    reason = ""
+    body = settings.body(messages, max_tokens)
+    reason, status, asked_wait_s = "", None, 0.0
     for attempt in range(settings.max_attempts):
         if attempt:
-            time.sleep(settings.retry_wait_s * 2 ** (attempt - 1))
+            time.sleep(max(settings.retry_wait_s * 2 ** (attempt - 1), asked_wait_s))
+        status, asked_wait_s = None, 0.0
         try:
-            status, content = _post(settings, key, body)
+            status, content, retry_after = _post(settings, key, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             # No connection, a time-out, a reply that is no HTTP, or a name that is no host's.
             cause = getattr(error, "reason", None) or error
@@ -299,11 +384,19 @@ def _reply(settings: JudgeSettings, key: str | None, messages: list[dict[str, st
             )
         if status not in _LATER:
             break
-    raise _UnansweredError(reason)
+        if status in _BUSY:
+            asked_wait_s = _seconds(retry_after)
+    raise _UnansweredError(reason, status)
 
 
-def _post(settings: JudgeSettings, key: str | None, body: dict[str, Any]) -> tuple[int, bytes]:
-    """Status and content of one reply."""
+def _seconds(retry_after: str | None) -> float:
+    """How long a server asks to wait, at most a minute; 0 where it says nothing, or a date."""
+    given = (retry_after or "").strip()
+    return min(float(given), _LONGEST_ASKED_WAIT_S) if given.isascii() and given.isdecimal() else 0.0
+
+
+def _post(settings: JudgeSettings, key: str | None, body: dict[str, Any]) -> _Reply:
+    """Send one request."""
     request = urllib.request.Request(
         f"{settings.base_url}/chat/completions",
         data=json.dumps(body).encode(),
@@ -311,10 +404,10 @@ def _post(settings: JudgeSettings, key: str | None, body: dict[str, Any]) -> tup
     )
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=settings.timeout_s) as response:
-            return response.status, response.read()
+            return _Reply(response.status, response.read(), response.headers["Retry-After"])
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, error.read()
+            return _Reply(error.code, error.read(), error.headers["Retry-After"])
 
 
 def _content(raw: bytes) -> str:
@@ -326,6 +419,7 @@ def _content(raw: bytes) -> str:
 
 
 def _shown(text: str, key: str | None) -> str:
-    """The start of a server's text on one line, without the key, which some servers repeat."""
+    """The start of a server's text on one line, without the key, which some servers repeat; terminal codes escaped."""
     line = " ".join(text.split())
-    return (line if key is None else line.replace(key, "***"))[:_SHOWN_CHARACTERS]
+    shown = (line if key is None else line.replace(key, "***"))[:_SHOWN_CHARACTERS]
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)

@@ -26,7 +26,7 @@ from tdistill.evaluation.perplexity import (
 from tdistill.evaluation.records import EvaluationSettings, Result
 from tdistill.evaluation.scope import LEVEL, TEACHER, Scope
 from tdistill.evaluation.states import open_head
-from tdistill.evaluation.tasks import TaskSettings, check_task, run_task
+from tdistill.evaluation.tasks import TaskSettings, check_task, check_task_context, run_task
 from tdistill.files import file_sha256
 
 _log = logging.getLogger(__name__)
@@ -64,14 +64,17 @@ def check_optional(
     Raises:
         ConfigError: ``judge.against`` is no subject; a window is too long for a model; a task has the name of another
             split; and see :func:`check_inputs`.
+        PromptTooLongError: see :func:`~tdistill.evaluation.tasks.check_task_context`.
         JudgeError: the judge does not answer, or refuses.
         UnsupportedModelError, TokenizerMismatchError, ModelLogitsError: see
             :func:`~tdistill.evaluation.states.open_head`.
     """
     check_inputs(settings)
-    for name in settings.tasks or {}:
+    configs = {f"model '{name}'": model.config for name, model in models.items()}
+    for name, task in (settings.tasks or {}).items():
         if name in (split, TEXT):
             raise ConfigError(f"evaluation.tasks.{name}: '{name}' already names a set of records. Rename the task.")
+        check_task_context(name, task, tokenizer, configs)
     if settings.perplexity is not None:
         for name, model in models.items():
             check_window(model, name, settings.perplexity.window_tokens)
@@ -183,7 +186,12 @@ def text_records(
 
 
 def judge_records(
-    scope: Scope, prompts: Sequence[str], answers: Mapping[str, Sequence[str]], settings: JudgeSettings, progress: bool
+    scope: Scope,
+    prompts: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    settings: JudgeSettings,
+    progress: bool,
+    kept: Kept,
 ) -> list[Result]:
     """Win rate of every subject against one of them, and how far the judge can be relied on.
 
@@ -193,6 +201,7 @@ def judge_records(
         answers: subject → text of one answer to each prompt.
         settings: :class:`JudgeSettings`.
         progress: show bars.
+        kept: where replies are kept.
     """
     asked = slice(settings.max_prompts)
     records = []
@@ -205,6 +214,7 @@ def judge_records(
             answers[settings.against][asked],
             settings,
             progress=f"judge, {name}" if progress else None,
+            keep=partial(kept.get, "judge", name),
         )
         num_prompts = len(found.score)
         note = (
@@ -223,7 +233,11 @@ def judge_records(
         rates = {"judge_win_rate": score, "judge_tie_share": score == 0.5, "judge_self_agreement": agrees}
         records += [
             scope.record(
-                metric, name, bootstrap_mean(values, scope.seed, LEVEL), num_items=int(found.judged.sum()), note=note
+                metric,
+                name,
+                bootstrap_mean(values, scope.seed, LEVEL, shares=True),
+                num_items=int(found.judged.sum()),
+                note=note,
             )
             for metric, values in rates.items()
         ]
@@ -255,9 +269,10 @@ def task_records(
         note = f"lm-eval, greedy, {settings.num_fewshot} examples before each question."
         for name, found in marks.items():
             shared = {"split": task, "num_items": len(found), "note": note}
-            records.append(scope.record("task_accuracy", name, bootstrap_mean(found, scope.seed, LEVEL), **shared))
+            interval = bootstrap_mean(found, scope.seed, LEVEL, shares=True)
+            records.append(scope.record("task_accuracy", name, interval, **shared))
         for subject, against in dict.fromkeys(pairs):
-            interval = bootstrap_mean_difference(marks[subject], marks[against], scope.seed, LEVEL)
+            interval = bootstrap_mean_difference(marks[subject], marks[against], scope.seed, LEVEL, shares=True)
             shared = {"split": task, "num_items": len(marks[subject]), "against": against, "note": note}
             records.append(scope.record("task_accuracy", subject, interval, **shared))
     return records

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
+from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError, PromptTooLongError
 from tdistill.evaluation.batching import measured
 
 _FILTER = "get-answer"
 # The number that ends a solution of GSM8K.
 _NUMBER = r"####\s*(\-?[0-9\.\,]*[0-9])"
 _MARK = "####"
+# What ends an answer beside the end tokens: those of lm-eval's task gsm8k. An empty line does not, for solutions have
+# paragraphs.
+_STOPS = ("Question:", "</s>", "<|im_end|>")
+
+
+class _Solved(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
 
 
 class TaskSettings(BaseModel):
@@ -65,34 +77,124 @@ def check_task(name: str, settings: TaskSettings) -> None:
         DataFileError: a file is missing or malformed; names the line.
         EmptyPromptSetError: a file has no question, or too few examples.
     """
+    _check_installed(name)
+    _read(name, settings)
+
+
+def check_task_context(
+    name: str, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, configs: Mapping[str, PreTrainedConfig]
+) -> None:
+    """Find out before long work whether the prompts of a task, and the answers to them, fit into the models.
+
+    lm-eval would cut a longer prompt from the left, and with it the examples.
+
+    Args:
+        name: of the task.
+        settings: :class:`TaskSettings`.
+        tokenizer: of all models.
+        configs: what a model is called in the message → its configuration.
+    Raises:
+        PromptTooLongError: the longest prompt and its answer may be longer than what a model was made for.
+        ConfigError: the tokenizer has no chat template, or its template refuses the conversation.
+        DataFileError, EmptyPromptSetError: see :func:`check_task`.
+    """
+    lengths = [_num_tokens(prompt, tokenizer) for prompt in task_prompts(name, settings, tokenizer)]
+    longest = int(np.argmax(lengths))
+    for who, config in configs.items():
+        limit = _context_tokens(config)
+        if limit is not None and lengths[longest] + settings.max_new_tokens > limit:
+            raise PromptTooLongError(
+                f"evaluation.tasks.{name}: question {longest + 1} of {settings.data} has {lengths[longest]} tokens "
+                f"with its num_fewshot = {settings.num_fewshot} examples, and its answer up to max_new_tokens = "
+                f"{settings.max_new_tokens}; {who} was made for {limit} in all. Lower num_fewshot or max_new_tokens, "
+                "or leave the question out."
+            )
+
+
+def task_prompts(name: str, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompts as lm-eval makes them of :func:`task_config`, in the file's order.
+
+    Raises:
+        ConfigError, DataFileError, EmptyPromptSetError: see :func:`check_task_context`.
+    """
+    examples, questions = _read(name, settings)
+    if not settings.chat:
+        before = "".join(f"{_asked(shown)} {shown.answer}\n\n" for shown in examples)
+        return [before + _asked(question) for question in questions]
+    where = f"evaluation.tasks.{name}.chat = true"
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{where}, but the tokenizer has no chat template. Set it to false, or give it a template.")
+    turns = [
+        turn
+        for shown in examples
+        for turn in ({"role": "user", "content": _asked(shown)}, {"role": "assistant", "content": shown.answer})
+    ]
+    try:
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    [*turns, {"role": "user", "content": _asked(question)}], tokenize=False, add_generation_prompt=True
+                )
+            )
+            for question in questions
+        ]
+    except (ValueError, TemplateError) as error:
+        raise ConfigError(f"{where}, but the chat template refuses the question: {error}. Set it to false.") from error
+
+
+def _asked(question: _Solved) -> str:
+    return f"Question: {question.question}\nAnswer:"
+
+
+def _num_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    # Chat templates write the BOS token themselves, and lm-eval then adds none.
+    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    return len(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"])
+
+
+def _context_tokens(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model was made for, or None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_installed(name: str) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"evaluation.tasks.{name} needs the package lm-eval. pip install 'tdistill[tasks]', or leave the task out."
         )
-    _count(settings.data, f"evaluation.tasks.{name}.data", settings.answer)
+
+
+def _read(name: str, settings: TaskSettings) -> tuple[list[_Solved], list[_Solved]]:
+    """The solved examples and the questions of a task."""
+    questions = _read_file(settings.data, f"evaluation.tasks.{name}.data", settings.answer)
+    examples: list[_Solved] = []
     if settings.fewshot_data is not None:
         where = f"evaluation.tasks.{name}.fewshot_data"
-        found = _count(settings.fewshot_data, where, settings.answer)
-        if found < settings.num_fewshot:
+        examples = _read_file(settings.fewshot_data, where, settings.answer)
+        if len(examples) < settings.num_fewshot:
             raise EmptyPromptSetError(
-                f"{settings.fewshot_data} ({where}) holds {found} examples, fewer than num_fewshot = "
+                f"{settings.fewshot_data} ({where}) holds {len(examples)} examples, fewer than num_fewshot = "
                 f"{settings.num_fewshot}. Add some, or lower num_fewshot."
             )
+    return examples[: settings.num_fewshot], questions[: settings.limit]
 
 
 def task_config(name: str, settings: TaskSettings) -> dict[str, Any]:
     """The task as lm-eval's ``simple_evaluate`` takes it, which reads nothing but the local files.
 
-    Exact match of the number after ``####``, commas and dollar signs left out.  Source: lm-eval's task ``gsm8k``
-    (Cobbe et al. 2021, arXiv 2110.14168).
+    Exact match of the number after the first ``####``, commas and dollar signs left out; an answer that writes on is
+    cut at its next question.  Source: lm-eval's task ``gsm8k``, version 3, ``strict-match`` (Cobbe et al. 2021,
+    arXiv 2110.14168).
     Differs from the source: the examples before a question are the first ones of a file instead of drawn ones; an
-    answer may have no space after ``####``; one that writes on is cut at its first empty line or next question.
+    answer may have no space after ``####``. With ``answer: text`` and without ``chat``, an empty line ends an answer
+    too: it stands after every example.
 
     Args:
         name: what lm-eval calls it.
         settings: :class:`TaskSettings`.
     """
     files = {"test": str(Path(settings.data).resolve())}
+    until = [*_STOPS, "\n\n"] if settings.answer == "text" and not settings.chat else [*_STOPS]
     config: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
@@ -102,7 +204,7 @@ def task_config(name: str, settings: TaskSettings) -> dict[str, Any]:
         "doc_to_target": "{{answer}}",
         "num_fewshot": settings.num_fewshot,
         "generation_kwargs": {
-            "until": ["\n\n", "Question:"],
+            "until": until,
             "do_sample": False,
             "max_gen_toks": settings.max_new_tokens,
         },
@@ -147,8 +249,10 @@ def run_task(
         1.0 for a right answer and 0.0 for a wrong one, float64 [questions], in the file's order.
     Raises:
         ConfigError, DataFileError, EmptyPromptSetError: see :func:`check_task`.
+        PromptTooLongError: see :func:`check_task_context`.
     """
     check_task(name, settings)
+    check_task_context(name, settings, tokenizer, {"the model": model.config})
     # Seconds to import, and optional.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -158,7 +262,13 @@ def run_task(
         # Without it a row of a batch would write on after its end, and lm-eval drops end tokens from the text.
         model.generation_config = GenerationConfig(eos_token_id=list(end_token_ids), pad_token_id=end_token_ids[0])
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=settings.batch_size,
+                # Where a configuration names no limit, lm-eval assumes one and cuts longer prompts.
+                max_length=_context_tokens(model.config) or sys.maxsize,
+            ),
             tasks=[task_config(name, settings)],
             task_manager=TaskManager(include_defaults=False),  # to read thousands of others takes seconds
             limit=settings.limit,
@@ -180,13 +290,13 @@ def _filters(answer: str) -> list[dict[str, Any]]:
     return [{"function": "regex", "regex_pattern": _NUMBER}, first] if answer == "number" else [first]
 
 
-def _count(path: str, key: str, answer: str) -> int:
-    """Number of questions of a file."""
+def _read_file(path: str, key: str, answer: str) -> list[_Solved]:
+    """The questions of a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataFileError(f"{path} ({key}) cannot be read: {error}. Name a .jsonl file in UTF-8.") from error
-    found = 0
+    found: list[_Solved] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -205,7 +315,7 @@ def _count(path: str, key: str, answer: str) -> int:
                 f"{path} ({key}), line {number}: the answer {texts[1][:40]!r} has no '{_MARK}' before a number. Add "
                 "it, or set answer: text."
             )
-        found += 1
+        found.append(_Solved(*texts))
     if not found:
         raise EmptyPromptSetError(
             f'{path} ({key}) is empty. Add lines such as {{"question": "2 + 2?", "answer": "#### 4"}}.'

@@ -30,6 +30,8 @@ _SEED = 0
 _DEFAULT_TRAINING_SEED = 42
 # Settings of an evaluation that change what a sampled answer is.
 _SAMPLING = ("max_new_tokens", "temperature", "top_p")
+# Settings of a capture that change the stored action sets, and with them the answers that the teacher samples.
+_SETS = ("p_max", "max_actions", "temperature")
 
 
 class _Frozen(BaseModel):
@@ -353,11 +355,19 @@ def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
     if more:
         notes.append(f"Only the {len(shared):,} prompts that all runs share are compared; of {', '.join(more)}.")
     lengths = [dict(zip(run.scores.prompt_ids, run.scores.num_tokens, strict=True)) for run in runs]
-    if any(length[prompt_id] != lengths[0][prompt_id] for length in lengths for prompt_id in shared):
+    other_lengths = any(length[prompt_id] != lengths[0][prompt_id] for length in lengths for prompt_id in shared)
+    if other_lengths or len({_origin_of_answers(run) for run in runs}) > 1:
         notes.append(
             "The runs were measured on different stored answers to the same prompts, so differences per token include "
             "that of the answers."
         )
+    for key in _SETS:
+        values = dict.fromkeys(json.dumps(_capture(run).get(key)) for run in runs if key in _capture(run))
+        if len(values) > 1:
+            notes.append(
+                f"The stored action sets were made with different capture.{key}: {', '.join(values)}. The mass outside "
+                "the set is each outside other sets."
+            )
     files = dict.fromkeys(str((run.recipe.get("data") or {}).get("held_out")) for run in runs)
     if len(files) > 1:
         notes.append(f"Prompts are paired by their ids alone, of different files (data.held_out): {', '.join(files)}.")
@@ -369,3 +379,14 @@ def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
         if len(values) > 1:
             notes.append(f"Answers were sampled with different evaluation.{key}: {', '.join(values)}.")
     return notes
+
+
+def _capture(run: ScoredRun) -> dict[str, Any]:
+    return run.recipe.get("capture") or {}
+
+
+def _origin_of_answers(run: ScoredRun) -> str:
+    """What decides the stored answers beside prompts and teacher: nothing where they were given."""
+    capture = _capture(run)
+    keys = ("mode",) if capture.get("mode") == "score" else ("mode", *_SETS, "seed")
+    return json.dumps([capture.get(key) for key in keys])

@@ -15,6 +15,7 @@ from tdistill.reports.tables import Cell, Row, Table, escape_markdown, title_of,
 def comparison_table(comparison: Comparison) -> Table:
     """A row for each subject; for each metric its value and, with a baseline, the difference to it; then the costs."""
     labels = [row.label for row in comparison.rows]
+    pooled = any(len(row.runs) > 1 for row in comparison.rows)
     columns: list[tuple[str, list[Cell]]] = []
     for metric in (*comparison.metrics, *comparison.costs):
         found = [comparison.find(metric, label) for label in labels]
@@ -27,7 +28,7 @@ def comparison_table(comparison: Comparison) -> Table:
             columns.append((f"minus {comparison.against}", cells))
     return Table(
         caption=f"{comparison.split} split; {comparison.num_prompts:,} prompts; brackets are 95 % intervals over "
-        "prompts and seeds; ≈ is not separable from the best student of its column",
+        f"prompts{' and training seeds' if pooled else ''}; ≈ is not separable from the best student of its column",
         headers=tuple(header for header, _ in columns),
         rows=tuple(Row(label, tuple(cells[index] for _, cells in columns)) for index, label in enumerate(labels)),
         best_is="the best student of its column",

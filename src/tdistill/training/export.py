@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tdistill.training.student import VALUE_HEAD
+
+# Settings that act in sampling alone, and the values that transformers accepts without it.
+_SAMPLING_ONLY = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 
 
 def export_student(
@@ -17,7 +29,8 @@ def export_student(
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and generation settings; the folder appears whole or not.
 
-    Adapters are merged, the value head is dropped, and ``generation_config`` names every end token of the store.
+    Adapters are merged, the value head is dropped, and ``generation_config`` names every end token of the store. Where
+    it has settings of sampling and leaves open whether to sample, it says so.
 
     Args:
         model: student, or its PEFT wrapper; its value head is removed in place.
@@ -31,6 +44,7 @@ def export_student(
         delattr(plain, VALUE_HEAD)
     plain.generation_config.eos_token_id = list(end_token_ids)
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    _settle_sampling(plain.generation_config)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     plain.save_pretrained(partial)
@@ -39,3 +53,19 @@ def export_student(
         (partial / name).write_text(content, encoding="utf-8")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(folder)
+
+
+def _settle_sampling(config: GenerationConfig) -> None:
+    """Resolve in place what transformers loads with a warning and refuses to save once end tokens have changed.
+
+    Released models come with a temperature and no ``do_sample``, which means sampling. Settings that do nothing, of
+    sampling beside ``do_sample: false`` and of beam search with one beam, are dropped.
+    """
+    sampling = [name for name, off in _SAMPLING_ONLY.items() if getattr(config, name, None) not in (None, off)]
+    if config.do_sample is None and sampling:
+        config.do_sample = True
+    idle = [] if config.do_sample else sampling
+    if config.num_beams in (None, 1):
+        idle += ["early_stopping", "length_penalty"]
+    for name in idle:
+        setattr(config, name, None)
