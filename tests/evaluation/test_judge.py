@@ -243,7 +243,7 @@ def test_an_interrupt_sends_nothing_more(monkeypatch):
 
 def test_waits_double(monkeypatch):
     waits = []
-    monkeypatch.setattr("tdistill.evaluation.judge.time.sleep", waits.append)
+    monkeypatch.setattr("tdistill.evaluation.judge.sleep", waits.append)
     with serving(lambda body: (500, {}, b"")) as judge, pytest.raises(JudgeError):
         check_judge(settings(judge, max_attempts=4, retry_wait_s=0.5))
     assert waits == [0.5, 1.0, 2.0]
@@ -264,7 +264,7 @@ def test_waits_double(monkeypatch):
 )
 def test_a_busy_server_is_given_the_time_that_it_asks_for(monkeypatch, status, asked, expected):
     waits = []
-    monkeypatch.setattr("tdistill.evaluation.judge.time.sleep", waits.append)
+    monkeypatch.setattr("tdistill.evaluation.judge.sleep", waits.append)
     with serving(lambda body: (status, {"Retry-After": asked}, b"")) as judge, pytest.raises(JudgeError):
         check_judge(settings(judge, retry_wait_s=0.5))
     assert waits == expected

@@ -13,6 +13,7 @@ from tdistill.evaluation import evaluate as module
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.exposure import kl_by_position
 from tdistill.evaluation.generation import sample_answers
+from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import task_records
 from tdistill.evaluation.records import METRICS, OPTIONAL_METRICS, EvaluationSettings, Results
 from tdistill.evaluation.scope import Scope
@@ -167,10 +168,15 @@ def test_tasks(subjects, teacher, tokenizer, held_out, tmp_path):
     ]
 
 
-def test_no_right_answer_is_not_certainty(tokenizer, monkeypatch):
+def test_no_right_answer_is_not_certainty(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr("tdistill.evaluation.optional.run_task", lambda *args, **kwargs: np.zeros(20))
-    scope, tasks = Scope("held_out", 6, 0), {"sums": TaskSettings(data="x")}
-    own, other, difference = task_records(scope, {"bd": None, "sft": None}, tokenizer, tasks, (0,), [("bd", "sft")])
+    (tmp_path / "x").touch()
+    scope, tasks, models = Scope("held_out", 6, 0), {"sums": TaskSettings(data=str(tmp_path / "x"))}, ("bd", "sft")
+    kept = Kept(tmp_path / "kept", dict.fromkeys(models, "hash"))
+    first = task_records(scope, dict.fromkeys(models), tokenizer, tasks, (0,), [models], kept)
+    monkeypatch.setattr("tdistill.evaluation.optional.run_task", lambda *args, **kwargs: pytest.fail("marked before"))
+    own, other, difference = task_records(scope, dict.fromkeys(models), tokenizer, tasks, (0,), [models], kept)
+    assert [own, other, difference] == first
     for record in (own, other):
         assert (record.value, record.low, record.high) == pytest.approx((0, 0, 0.16843), abs=1e-5)
     assert (difference.value, difference.low, difference.high) == pytest.approx((0, -0.16843, 0.16843), abs=1e-5)

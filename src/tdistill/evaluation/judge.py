@@ -6,13 +6,13 @@ import http.client
 import json
 import os
 import re
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -365,7 +365,7 @@ def _reply(settings: JudgeSettings, key: str | None, messages: list[dict[str, st
     reason, status, asked_wait_s = "", None, 0.0
     for attempt in range(settings.max_attempts):
         if attempt:
-            time.sleep(max(settings.retry_wait_s * 2 ** (attempt - 1), asked_wait_s))
+            sleep(max(settings.retry_wait_s * 2 ** (attempt - 1), asked_wait_s))
         status, asked_wait_s = None, 0.0
         try:
             status, content, retry_after = _post(settings, key, body)
