@@ -74,7 +74,10 @@ class TeacherConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets. Dev chooses checkpoints, held-out reports."""
+    """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets.
+
+    Dev is measured in training and chooses the checkpoint with ``load_best_model_at_end`` only; held-out reports.
+    """
 
     train: _Text
     dev: _Text

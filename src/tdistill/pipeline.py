@@ -55,6 +55,7 @@ from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder
+from tdistill.training.checkpoints import checkpoints_at_once
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 from tdistill.training.rollouts import Rollouts
@@ -390,7 +391,7 @@ class Run:
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init), load_tokenizer(init)
-        check_room(self.folder, model, 0 if args.save_strategy == "no" else args.save_total_limit or 3)
+        check_room(self.folder, model, checkpoints_at_once(args, stores["train"]))
         adapter = None
         if self.recipe.peft is not None:
             from peft import LoraConfig

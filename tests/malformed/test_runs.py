@@ -667,4 +667,13 @@ def test_a_training_for_which_there_is_no_room_is_refused_before_its_first_step(
     refused(outcome, NoSpaceError.exit_code, captured.folder, "0.0 GB are free", "save_total_limit")
     assert not list(captured.folder.glob("phases/*/student"))
     assert not (captured.folder / "student").exists()
+    needed: list[int] = []
+    check_room = stages.check_room
+
+    def noting(folder: Path, model: Any, num_checkpoints: int) -> None:
+        needed.append(num_checkpoints)
+        check_room(folder, model, num_checkpoints)
+
+    monkeypatch.setattr(stages, "check_room", noting)
     assert captured.call("train").code == 0
+    assert needed == [1, 2, 2], "checkpoints of each phase: at 2 of 2 steps, and at 2 and 4 of 4"
