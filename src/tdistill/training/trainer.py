@@ -103,6 +103,8 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings learns from the student's own answers; "
                 "give the phase `rollouts`."
             )
+        if rollouts is not None and rollouts.settings.seed is None:
+            rollouts.seed = args.seed
         if self.objective.needs_log_probs_sampled:
             assert rollouts is not None
             check_log_probs_sampled(self.objective.name, rollouts.settings, rollouts.sampling)
