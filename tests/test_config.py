@@ -13,7 +13,7 @@ from cli.harness import tdistill, write_recipe
 
 from tdistill.config import Recipe, load_recipe
 from tdistill.errors import ConfigError, DomainError, ProbabilityRangeError, TDistillError
-from tdistill.objectives import IQLearn
+from tdistill.objectives import OBJECTIVES, IQLearn
 from tdistill.training.arguments import TDistillConfig
 
 ROOT = Path(__file__).parents[1]
@@ -464,6 +464,22 @@ def test_an_objective_that_needs_rollouts_without_them_is_refused(plain: Path):
     assert (recipe.phases["bd"].rollouts.every, recipe.phases["bd"].rollouts.share) == (3, 0.5)
     assert "phases.bd.rollouts" in refusal(plain, "phases.bd.rollouts={shares: 1}")
     assert "rollouts.share = 2" in refusal(plain, "phases.bd.rollouts={share: 2}")
+
+
+def test_rollouts_are_refused_where_the_student_would_imitate_itself(plain: Path):
+    with pytest.raises(
+        ConfigError, match=r"phases\.sft\.args\.objective = sft would imitate.*Leave phases\.sft\.rollouts out"
+    ):
+        load_recipe(plain, ["phases.sft.rollouts={share: 0.5}"])
+    # Only the off-support term reads them there, or a temporal term too.
+    load_recipe(plain, ["phases.bd.rollouts={share: 0.5}"])
+    for objective in OBJECTIVES:
+        values = [
+            "capture.log_prob_bits=16",
+            f"phases.bd.args={{objective: {objective}}}",
+            "phases.bd.rollouts={share: 1}",
+        ]
+        assert objective == "sft" or load_recipe(plain, values).phases["bd"].rollouts is not None
 
 
 def test_what_the_trainer_would_refuse_after_the_capture_is_refused_before_it(tmp_path: Path):

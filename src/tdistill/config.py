@@ -270,6 +270,12 @@ class Recipe(_Strict):
                     f"{where}.objective learns from the student's own answers with these settings; add "
                     f"phases.{name}.rollouts, for example {{every: 50, share: 0.5}}."
                 )
+            if rollouts is not None and not objective.takes_rollouts:
+                raise ConfigError(
+                    f"{where}.objective = {objective.name} would imitate the student's own answers. Leave "
+                    f"phases.{name}.rollouts out, or take an objective that compares the student with the teacher "
+                    "there, such as gkd."
+                )
             _check_dev_metric(args, where, without_sets=p_max == 1.0)
         return self
 

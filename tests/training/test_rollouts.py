@@ -198,6 +198,11 @@ def test_an_objective_that_needs_rollouts_says_so(train):
         train(objective=MIXTURE)
 
 
+def test_an_objective_that_would_imitate_the_students_answers_refuses_them(train, rollouts):
+    with pytest.raises(ConfigError, match="'sft' would imitate the student's own answers; leave rollouts out"):
+        train(rollouts=rollouts(), objective="sft")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
