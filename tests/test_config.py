@@ -11,6 +11,7 @@ import pytest
 import yaml
 from cli.harness import tdistill, write_recipe
 
+from tdistill import pipeline
 from tdistill.config import Recipe, load_recipe
 from tdistill.errors import ConfigError, DomainError, ProbabilityRangeError, TDistillError
 from tdistill.objectives import OBJECTIVES, IQLearn
@@ -636,6 +637,45 @@ def test_a_phase_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str):
 
 def test_a_recipe_of_controls_only_is_refused(tmp_path: Path):
     assert "no control" in refusal(write(tmp_path, "phases", {"sft": {"control": True}}))
+
+
+# ---- sets of prompts ----
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ({"held_out": "train.jsonl"}, ["train and held_out are the same prompts (train.jsonl)", "name another file"]),
+        ({"held_out": "train.jsonl", "held_out_split": "test"}, ["train and held_out are the same"]),
+        ({"dev": "train.jsonl"}, ["train and dev are the same"]),
+        ({"held_out": "dev.jsonl"}, ["dev and held_out are the same"]),
+        (
+            {"dev": "org/set", "held_out": "org/set"},
+            ["dev and held_out", "(org/set, split train)", "or a held_out_split"],
+        ),
+        (
+            {"train": "org/set", "dev": "org/set", "train_config": "main", "dev_config": "main"},
+            ["train and dev", "(org/set, main, split train)"],
+        ),
+        ({"train_config": "main"}, ["train_config = 'main'", "the file train.jsonl", "leave it out"]),
+        ({"train": "org/set", "train_config": ""}, ["data.train_config", "at least 1 character"]),
+    ],
+)
+def test_sets_that_are_the_same_and_configurations_of_files_are_refused(tmp_path: Path, data: dict, parts: list[str]):
+    message = refusal(write(tmp_path, "data", {**PLAIN["data"], **data}))  # type: ignore[dict-item]
+    assert "  data" in message and all(part in message for part in parts), message
+
+
+def test_splits_and_configurations_of_one_data_set_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = {"train": "org/set", "dev": "org/set", "held_out": "org/set", "max_prompt_tokens": 64}
+    data |= {"dev_split": "train[90%:]", "held_out_config": "main"}
+    recipe = load_recipe(write(tmp_path, "data", data), [f"output={tmp_path / 'run'}"])
+    asked = []
+    monkeypatch.setattr(pipeline, "read_records", lambda *values: asked.append(values))
+    run = pipeline.Run(recipe)
+    for split in pipeline.SPLITS:
+        run.records(split)
+    assert asked == [("org/set", "train", None), ("org/set", "train[90%:]", None), ("org/set", "train", "main")]
 
 
 # ---- files ----

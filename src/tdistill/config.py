@@ -29,6 +29,7 @@ from tdistill.actions import check_p
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, did_you_mean
 from tdistill.evaluation.records import EvaluationSettings
 from tdistill.objectives import check_full_support, objective_class, objective_names
+from tdistill.prompts import is_file
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.rollouts import RolloutSettings, check_log_probs_sampled
@@ -77,6 +78,7 @@ class DataConfig(_Strict):
     """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets.
 
     Dev is measured in training and chooses the checkpoint with ``load_best_model_at_end`` only; held-out reports.
+    ``*_split`` and ``*_config`` are those of a data set; a file has neither.
     """
 
     train: _Text
@@ -85,12 +87,34 @@ class DataConfig(_Strict):
     train_split: str = "train"
     dev_split: str = "train"
     held_out_split: str = "train"
+    train_config: _Text | None = None
+    dev_config: _Text | None = None
+    held_out_config: _Text | None = None
     text: _Text | None = None
     text_tokens: int = Field(128, ge=2)
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
     turns: Literal["last", "all"] = "last"
     max_prompt_tokens: int = Field(512, ge=1)
     too_long: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _sets_apart(self) -> DataConfig:
+        seen: dict[tuple[Any, ...], str] = {}
+        for name in ("train", "dev", "held_out"):
+            source, split, config = (getattr(self, name + end) for end in ("", "_split", "_config"))
+            if is_file(source) and config is not None:
+                raise ValueError(
+                    f"{name}_config = '{config}', but data.{name} is the file {source}, which has no configurations; "
+                    "leave it out"
+                )
+            place = (source,) if is_file(source) else (source, config, f"split {split}")
+            if (other := seen.setdefault(place, name)) != name:
+                remedy = "name another file" if is_file(source) else f"name another data set, or a {name}_split"
+                raise ValueError(
+                    f"{other} and {name} are the same prompts ({', '.join(filter(None, place))}), and what is trained "
+                    f"on or chosen by is no measure of a student; {remedy}"
+                )
+        return self
 
 
 class CaptureConfig(_Strict):

@@ -43,6 +43,7 @@ from tdistill.prompts import (
     check_same_tokenizer,
     check_vocabulary,
     choose_template,
+    count_shared,
     read_records,
     read_texts,
     tokenize_prompts,
@@ -109,6 +110,12 @@ class Run:
         started = time.perf_counter()
         capture = self.recipe.capture
         records = {split: self.records(split) for split in SPLITS}
+        for split in ("dev", "held_out"):
+            if shared := count_shared(records[split], records["train"]):
+                self.say(
+                    f"{shared} of the {len(records[split])} prompts of data.{split} are in data.train too; measured on "
+                    "them, a student looks better than it is"
+                )
         self._references(records["held_out"])
         self._texts()
         check_inputs(self.recipe.evaluation)
@@ -234,7 +241,7 @@ class Run:
     def records(self, split: str) -> list[Record]:
         """Read the prompts of a split."""
         data = self.recipe.data
-        return read_records(getattr(data, split), getattr(data, f"{split}_split"))
+        return read_records(getattr(data, split), getattr(data, f"{split}_split"), getattr(data, f"{split}_config"))
 
     def _claim_folder(self) -> None:
         path, environment_path = self.folder / "recipe.yaml", self.folder / "environment.json"
@@ -706,7 +713,7 @@ def batch_size_effect(
     teacher = load_teacher(recipe.teacher)
     data, capture = recipe.data, recipe.capture
     prompts = tokenize_prompts(
-        read_records(data.train, data.train_split)[:num_prompts],
+        read_records(data.train, data.train_split, data.train_config)[:num_prompts],
         teacher.tokenizer,
         choose_template(teacher.tokenizer, data.template),
         end_token_ids=teacher.end_token_ids,
