@@ -56,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class TeacherConfig(_Strict):
-    """Where the teacher is. ``model_kwargs`` is passed to ``from_pretrained`` (quantised loading and the like)."""
+    """Where the teacher is. ``model_kwargs`` is passed to ``from_pretrained`` (``revision``, quantised loading, …)."""
 
     kind: Literal["hf"] = "hf"
     model: _Text
@@ -152,9 +152,13 @@ class CaptureConfig(_Strict):
 
 
 class StudentConfig(_Strict):
-    """The start of training: an existing ``model``, or the teacher with only ``layers`` of its layers."""
+    """The start of training: an existing ``model``, or the teacher with only ``layers`` of its layers.
+
+    ``revision`` is a branch, tag or commit of a model on the hub.
+    """
 
     model: _Text | None = None
+    revision: _Text | None = None
     layers: int | None = Field(None, ge=1)
     method: Literal["block_influence", "even"] = "block_influence"
     calibration_answers: int = Field(32, ge=1)
@@ -166,6 +170,8 @@ class StudentConfig(_Strict):
             raise ValueError(
                 "give either student.model (a folder or hub name) or student.layers (made from the teacher)"
             )
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"revision = '{self.revision}' is that of student.model, which is not given; leave it out")
         return self
 
 

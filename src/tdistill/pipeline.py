@@ -359,7 +359,7 @@ class Run:
             return
         facts: dict[str, Any]
         if config.model is not None:
-            folder = resolve_model_folder(config.model)
+            folder = resolve_model_folder(config.model, revision=config.revision)
             model, tokenizer = load_causal_lm(folder, dtype="float32"), load_tokenizer(folder)
             if teacher is not None:
                 expected, end_ids = tokenizer_sha256(teacher.tokenizer), teacher.end_token_ids
