@@ -11,9 +11,10 @@ import pytest
 import yaml
 from cli.harness import tdistill, write_recipe
 
+from tdistill import pipeline
 from tdistill.config import Recipe, load_recipe
 from tdistill.errors import ConfigError, DomainError, ProbabilityRangeError, TDistillError
-from tdistill.objectives import IQLearn
+from tdistill.objectives import OBJECTIVES, IQLearn
 from tdistill.training.arguments import TDistillConfig
 
 ROOT = Path(__file__).parents[1]
@@ -466,6 +467,22 @@ def test_an_objective_that_needs_rollouts_without_them_is_refused(plain: Path):
     assert "rollouts.share = 2" in refusal(plain, "phases.bd.rollouts={share: 2}")
 
 
+def test_rollouts_are_refused_where_the_student_would_imitate_itself(plain: Path):
+    with pytest.raises(
+        ConfigError, match=r"phases\.sft\.args\.objective = sft would imitate.*Leave phases\.sft\.rollouts out"
+    ):
+        load_recipe(plain, ["phases.sft.rollouts={share: 0.5}"])
+    # Only the off-support term reads them there, or a temporal term too.
+    load_recipe(plain, ["phases.bd.rollouts={share: 0.5}"])
+    for objective in OBJECTIVES:
+        values = [
+            "capture.log_prob_bits=16",
+            f"phases.bd.args={{objective: {objective}}}",
+            "phases.bd.rollouts={share: 1}",
+        ]
+        assert objective == "sft" or load_recipe(plain, values).phases["bd"].rollouts is not None
+
+
 def test_what_the_trainer_would_refuse_after_the_capture_is_refused_before_it(tmp_path: Path):
     reverse = write(tmp_path, "phases.bd", {"args": {"objective": "reverse_kl"}})
     with pytest.raises(ConfigError, match=r"phases\.bd\.args\.objective needs capture\.log_prob_bits: 16.*has 8"):
@@ -620,6 +637,45 @@ def test_a_phase_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str):
 
 def test_a_recipe_of_controls_only_is_refused(tmp_path: Path):
     assert "no control" in refusal(write(tmp_path, "phases", {"sft": {"control": True}}))
+
+
+# ---- sets of prompts ----
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ({"held_out": "train.jsonl"}, ["train and held_out are the same prompts (train.jsonl)", "name another file"]),
+        ({"held_out": "train.jsonl", "held_out_split": "test"}, ["train and held_out are the same"]),
+        ({"dev": "train.jsonl"}, ["train and dev are the same"]),
+        ({"held_out": "dev.jsonl"}, ["dev and held_out are the same"]),
+        (
+            {"dev": "org/set", "held_out": "org/set"},
+            ["dev and held_out", "(org/set, split train)", "or a held_out_split"],
+        ),
+        (
+            {"train": "org/set", "dev": "org/set", "train_config": "main", "dev_config": "main"},
+            ["train and dev", "(org/set, main, split train)"],
+        ),
+        ({"train_config": "main"}, ["train_config = 'main'", "the file train.jsonl", "leave it out"]),
+        ({"train": "org/set", "train_config": ""}, ["data.train_config", "at least 1 character"]),
+    ],
+)
+def test_sets_that_are_the_same_and_configurations_of_files_are_refused(tmp_path: Path, data: dict, parts: list[str]):
+    message = refusal(write(tmp_path, "data", {**PLAIN["data"], **data}))  # type: ignore[dict-item]
+    assert "  data" in message and all(part in message for part in parts), message
+
+
+def test_splits_and_configurations_of_one_data_set_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = {"train": "org/set", "dev": "org/set", "held_out": "org/set", "max_prompt_tokens": 64}
+    data |= {"dev_split": "train[90%:]", "held_out_config": "main"}
+    recipe = load_recipe(write(tmp_path, "data", data), [f"output={tmp_path / 'run'}"])
+    asked = []
+    monkeypatch.setattr(pipeline, "read_records", lambda *values: asked.append(values))
+    run = pipeline.Run(recipe)
+    for split in pipeline.SPLITS:
+        run.records(split)
+    assert asked == [("org/set", "train", None), ("org/set", "train[90%:]", None), ("org/set", "train", "main")]
 
 
 # ---- files ----

@@ -31,6 +31,7 @@ from tdistill.prompts import (
     check_same_tokenizer,
     check_vocabulary,
     choose_template,
+    count_shared,
     end_token_ids,
     read_records,
     resolve_package_path,
@@ -111,6 +112,11 @@ def test_every_record_form_is_read_as_messages_and_references(tmp_path):
         {"id": "dolly", "instruction": "Add", "context": "2 2", "response": "4"},
         {"id": "no-input", "instruction": "Sing", "input": "", "output": None},
         {"id": "chat", "messages": CONVERSATION},
+        {"id": "trl", "prompt": "Hi", "completion": "Ho"},
+        {"id": "trl-chat", "prompt": CONVERSATION[:2], "completion": [CONVERSATION[2]]},
+        {"id": "trl-text", "prompt": CONVERSATION[:2], "completion": "Ho"},
+        {"id": "trl-open", "prompt": CONVERSATION[:4], "completion": []},
+        {"id": "trl-turns", "prompt": CONVERSATION[:4], "completion": [{"role": "assistant", "content": "bye"}]},
         {"id": "several", "prompt": "rendered already", "instruction": "Add", "messages": [CONVERSATION[1]]},
     )
     user = {"role": "user"}
@@ -121,6 +127,11 @@ def test_every_record_form_is_read_as_messages_and_references(tmp_path):
         Record("dolly", ({**user, "content": "Add", "input": "2 2"},), ("4",)),
         Record("no-input", ({**user, "content": "Sing"},)),
         Record("chat", tuple(CONVERSATION), ("what is the capital",)),
+        Record("trl", ({**user, "content": "Hi"},), ("Ho",)),
+        Record("trl-chat", tuple(CONVERSATION[:3]), (CONVERSATION[2]["content"],)),
+        Record("trl-text", (*CONVERSATION[:2], {"role": "assistant", "content": "Ho"}), ("Ho",)),
+        Record("trl-open", tuple(CONVERSATION[:4])),
+        Record("trl-turns", (*CONVERSATION[:4], {"role": "assistant", "content": "bye"}), ("bye",)),
         Record("several", (CONVERSATION[1],)),
     ]
 
@@ -162,9 +173,50 @@ def test_local_folder_is_read_by_datasets_with_its_splits(tmp_path, monkeypatch)
     assert [r.prompt_id for r in read_records(str(folder))] == ["t1", "t2"]
     assert [r.prompt_id for r in read_records(str(folder), split="test")] == ["e1"]
     with pytest.raises(
-        DataFileError, match=r"split 'dev'.*cannot be loaded.*(?i:unknown split).*Check the name, the split"
+        DataFileError, match=r"split 'dev'.*cannot be loaded.*(?i:unknown split).*Check the name, the configuration"
     ):
         read_records(str(folder), split="dev")
+
+
+def test_a_configuration_of_a_data_set_is_the_one_that_is_loaded(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("main", "hard"):
+        write_lines(folder / f"{name}.jsonl", {"id": name, "prompt": f"a {name} one"})
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "hard"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [r.prompt_id for r in read_records(str(folder), config="hard")] == ["hard"]
+    assert [r.prompt_id for r in read_records(str(folder), config="main")] == ["main"]
+    with pytest.raises(DataFileError, match=r"split 'train', configuration 'easy'.*cannot be loaded"):
+        read_records(str(folder), config="easy")
+    with pytest.raises(DataFileError, match=r"main\.jsonl is a file and has no configuration 'main'. Leave"):
+        read_records(str(folder / "main.jsonl"), config="main")
+
+
+def test_shared_prompts_are_found_whatever_their_ids_and_answers(tmp_path):
+    train = read_records(
+        write_lines(
+            tmp_path / "train.jsonl",
+            {"id": "a", "prompt": "Hi", "answer": "Ho"},
+            {"instruction": "Add", "input": "1 1"},
+            {"messages": CONVERSATION[:3]},
+        )
+    )
+    others = read_records(
+        write_lines(
+            tmp_path / "others.jsonl",
+            {"id": "b", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hu"}]},
+            {"instruction": "Add", "input": "1 1", "output": "2"},
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            {"prompt": CONVERSATION[:2]},
+            {"messages": CONVERSATION[:4]},
+        )
+    )
+    assert count_shared(others, train) == 3
+    assert count_shared(others, []) == 0
 
 
 def test_package_address_finds_files_without_importing(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from tdistill.actions import check_p
 from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, did_you_mean
 from tdistill.evaluation.records import EvaluationSettings
 from tdistill.objectives import check_full_support, objective_class, objective_names
+from tdistill.prompts import is_file
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.rollouts import RolloutSettings, check_log_probs_sampled
@@ -55,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class TeacherConfig(_Strict):
-    """Where the teacher is. ``model_kwargs`` is passed to ``from_pretrained`` (quantised loading and the like)."""
+    """Where the teacher is. ``model_kwargs`` is passed to ``from_pretrained`` (``revision``, quantised loading, …)."""
 
     kind: Literal["hf"] = "hf"
     model: _Text
@@ -74,7 +75,11 @@ class TeacherConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets. Dev chooses checkpoints, held-out reports."""
+    """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets.
+
+    Dev is measured in training and chooses the checkpoint with ``load_best_model_at_end`` only; held-out reports.
+    ``*_split`` and ``*_config`` are those of a data set; a file has neither.
+    """
 
     train: _Text
     dev: _Text
@@ -82,12 +87,34 @@ class DataConfig(_Strict):
     train_split: str = "train"
     dev_split: str = "train"
     held_out_split: str = "train"
+    train_config: _Text | None = None
+    dev_config: _Text | None = None
+    held_out_config: _Text | None = None
     text: _Text | None = None
     text_tokens: int = Field(128, ge=2)
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
     turns: Literal["last", "all"] = "last"
     max_prompt_tokens: int = Field(512, ge=1)
     too_long: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _sets_apart(self) -> DataConfig:
+        seen: dict[tuple[Any, ...], str] = {}
+        for name in ("train", "dev", "held_out"):
+            source, split, config = (getattr(self, name + end) for end in ("", "_split", "_config"))
+            if is_file(source) and config is not None:
+                raise ValueError(
+                    f"{name}_config = '{config}', but data.{name} is the file {source}, which has no configurations; "
+                    "leave it out"
+                )
+            place = (source,) if is_file(source) else (source, config, f"split {split}")
+            if (other := seen.setdefault(place, name)) != name:
+                remedy = "name another file" if is_file(source) else f"name another data set, or a {name}_split"
+                raise ValueError(
+                    f"{other} and {name} are the same prompts ({', '.join(filter(None, place))}), and what is trained "
+                    f"on or chosen by is no measure of a student; {remedy}"
+                )
+        return self
 
 
 class CaptureConfig(_Strict):
@@ -129,9 +156,13 @@ class CaptureConfig(_Strict):
 
 
 class StudentConfig(_Strict):
-    """The start of training: an existing ``model``, or the teacher with only ``layers`` of its layers."""
+    """The start of training: an existing ``model``, or the teacher with only ``layers`` of its layers.
+
+    ``revision`` is a branch, tag or commit of a model on the hub.
+    """
 
     model: _Text | None = None
+    revision: _Text | None = None
     layers: int | None = Field(None, ge=1)
     method: Literal["block_influence", "even"] = "block_influence"
     calibration_answers: int = Field(32, ge=1)
@@ -143,6 +174,8 @@ class StudentConfig(_Strict):
             raise ValueError(
                 "give either student.model (a folder or hub name) or student.layers (made from the teacher)"
             )
+        if self.revision is not None and self.model is None:
+            raise ValueError(f"revision = '{self.revision}' is that of student.model, which is not given; leave it out")
         return self
 
 
@@ -270,6 +303,12 @@ class Recipe(_Strict):
                 raise ConfigError(
                     f"{where}.objective learns from the student's own answers with these settings; add "
                     f"phases.{name}.rollouts, for example {{every: 50, share: 0.5}}."
+                )
+            if rollouts is not None and not objective.takes_rollouts:
+                raise ConfigError(
+                    f"{where}.objective = {objective.name} would imitate the student's own answers. Leave "
+                    f"phases.{name}.rollouts out, or take an objective that compares the student with the teacher "
+                    "there, such as gkd."
                 )
             _check_dev_metric(args, where, without_sets=p_max == 1.0)
         return self

@@ -48,6 +48,7 @@ from tdistill.prompts import (
     check_same_tokenizer,
     check_vocabulary,
     choose_template,
+    count_shared,
     read_records,
     read_texts,
     tokenize_prompts,
@@ -59,6 +60,7 @@ from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
+from tdistill.training.checkpoints import checkpoints_at_once
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 from tdistill.training.rollouts import Rollouts
@@ -115,6 +117,12 @@ class Run:
         """
         capture = self.recipe.capture
         records = {split: self.records(split) for split in SPLITS}
+        for split in ("dev", "held_out"):
+            if shared := count_shared(records[split], records["train"]):
+                self.say(
+                    f"{shared} of the {len(records[split])} prompts of data.{split} are in data.train too; measured on "
+                    "them, a student looks better than it is"
+                )
         self._references(records["held_out"])
         self._texts()
         check_inputs(self.recipe.evaluation)
@@ -267,7 +275,7 @@ class Run:
     def records(self, split: str) -> list[Record]:
         """Read the prompts of a split."""
         data = self.recipe.data
-        return read_records(getattr(data, split), getattr(data, f"{split}_split"))
+        return read_records(getattr(data, split), getattr(data, f"{split}_split"), getattr(data, f"{split}_config"))
 
     def _claim_folder(self) -> None:
         path, environment_path = self.folder / "recipe.yaml", self.folder / "environment.json"
@@ -430,7 +438,7 @@ class Run:
                 raise
         else:
             assert recipe.student.model is not None
-            config = AutoConfig.from_pretrained(resolve_model_folder(recipe.student.model))
+            config = AutoConfig.from_pretrained(resolve_model_folder(recipe.student.model, recipe.student.revision))
             configs[f"the student {recipe.student.model}"] = config
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
         for name, task in (recipe.evaluation.tasks or {}).items():
@@ -461,7 +469,7 @@ class Run:
             return
         facts: dict[str, Any]
         if config.model is not None:
-            folder = resolve_model_folder(config.model)
+            folder = resolve_model_folder(config.model, revision=config.revision)
             model, tokenizer = load_causal_lm(folder, dtype="float32"), load_tokenizer(folder)
             if teacher is not None:
                 expected, end_ids = tokenizer_sha256(teacher.tokenizer), teacher.end_token_ids
@@ -500,7 +508,7 @@ class Run:
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init), load_tokenizer(init)
-        check_room(self.folder, model, 0 if args.save_strategy == "no" else args.save_total_limit or 3)
+        check_room(self.folder, model, checkpoints_at_once(args, stores["train"]))
         adapter = None
         if self.recipe.peft is not None:
             from peft import LoraConfig
@@ -827,7 +835,7 @@ def batch_size_effect(
     teacher = load_teacher(recipe.teacher)
     data, capture = recipe.data, recipe.capture
     prompts = tokenize_prompts(
-        read_records(data.train, data.train_split)[:num_prompts],
+        read_records(data.train, data.train_split, data.train_config)[:num_prompts],
         teacher.tokenizer,
         choose_template(teacher.tokenizer, data.template),
         end_token_ids=teacher.end_token_ids,

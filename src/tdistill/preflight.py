@@ -17,13 +17,13 @@ from tdistill.types import PromptTokens
 
 
 def check_room(folder: Path, model: PreTrainedModel, num_checkpoints: int) -> None:
-    """Weights with two optimizer moments per checkpoint, one being written, and the finished weights.
+    """Weights with two optimizer moments per checkpoint that is there at once, and the finished weights.
 
     Raises:
         NoSpaceError: less room than that; names both figures.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed, free = weights * (3 * (num_checkpoints + 1) + 1), shutil.disk_usage(folder).free
+    needed, free = weights * (3 * num_checkpoints + 1), shutil.disk_usage(folder).free
     if free < needed:
         raise NoSpaceError(
             f"Training needs up to {needed / 1e9:.1f} GB in {folder} for checkpoints; {free / 1e9:.1f} GB are free. "

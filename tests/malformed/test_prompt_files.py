@@ -44,8 +44,34 @@ BAD_LINES = {
     "prompt truth": (b'{"prompt": true}', "'prompt' is a truth value (True)", "expected a text"),
     "prompt chat": (
         b'{"prompt": [{"role": "user"}]}',
-        "'prompt' is a list ([{'role': 'user'}])",
-        "Put a conversation under 'messages'.",
+        "prompt[0] is an object with the keys ['role']",
+        "expected an object with 'role' and 'content'",
+    ),
+    "prompt texts": (b'{"prompt": ["Hi"]}', "prompt[0] is a text ('Hi')", "an object with 'role' and 'content'"),
+    "prompt answered": (
+        b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        "'prompt' ends with an assistant turn",
+        "Put that under 'completion'",
+    ),
+    "completion of a user": (
+        b'{"prompt": "x", "completion": [{"role": "user", "content": "b"}]}',
+        "'completion' is a list ([{'role': 'user', 'content': 'b'}])",
+        "expected one message of the assistant",
+    ),
+    "completion of two": (
+        b'{"prompt": "x", "completion": [{"role": "assistant", "content": "b"}, "c"]}',
+        "'completion' is a list",
+        "conversation of several turns under 'messages'",
+    ),
+    "completion parts": (
+        b'{"prompt": "x", "completion": [{"role": "assistant", "content": [1]}]}',
+        "'completion[0].content' is a list ([1])",
+        "expected a text",
+    ),
+    "completion twice": (
+        b'{"prompt": "x", "completion": "y", "output": "z"}',
+        "answers under 'output' and 'completion'",
+        "Keep one of these keys.",
     ),
     "prompt empty": (b'{"prompt": ""}', "'prompt' is empty", "Write a text, or remove the record."),
     "prompt blank": (b'{"prompt": " \\n\\t"}', "'prompt' is empty", "Write a text, or remove the record."),
@@ -216,7 +242,7 @@ def test_hub_name_that_cannot_be_loaded(tmp_path, monkeypatch):
         read_records("nobody/no-such-set", split="dev")
     message = str(caught.value)
     assert message.startswith("'nobody/no-such-set' (split 'dev') cannot be loaded by the datasets library")
-    assert message.endswith("Check the name, the split and the connection.")
+    assert message.endswith("Check the name, the configuration, the split and the connection.")
 
 
 def parquet(path, rows):

@@ -192,6 +192,17 @@ def test_references_to_some_held_out_prompts_only_are_found_before_anything_is_m
 
 
 @pytest.mark.usefixtures("no_answer")
+def test_prompts_that_are_measured_and_trained_on_are_counted(project: Project):
+    train, held_out = (Path(project.tree["data"][split]) for split in ("train", "held_out"))
+    shared = train.read_text(encoding="utf-8").splitlines(keepends=True)[:3]
+    held_out.write_text(held_out.read_text(encoding="utf-8") + "".join(shared), encoding="utf-8")
+    outcome = project.call("capture", student={"layers": 7})  # which is refused after it
+    assert outcome.code == 2
+    assert "3 of the 15 prompts of data.held_out are in data.train too" in outcome.err
+    assert "data.dev" not in outcome.err
+
+
+@pytest.mark.usefixtures("no_answer")
 def test_a_prompt_without_an_answer_to_score_is_named(project: Project):
     path = Path(project.tree["data"]["dev"])
     with path.open("a", encoding="utf-8") as file:
@@ -667,4 +678,13 @@ def test_a_training_for_which_there_is_no_room_is_refused_before_its_first_step(
     refused(outcome, NoSpaceError.exit_code, captured.folder, "0.0 GB are free", "save_total_limit")
     assert not list(captured.folder.glob("phases/*/student"))
     assert not (captured.folder / "student").exists()
+    needed: list[int] = []
+    check_room = stages.check_room
+
+    def noting(folder: Path, model: Any, num_checkpoints: int) -> None:
+        needed.append(num_checkpoints)
+        check_room(folder, model, num_checkpoints)
+
+    monkeypatch.setattr(stages, "check_room", noting)
     assert captured.call("train").code == 0
+    assert needed == [1, 2, 2], "checkpoints of each phase: at 2 of 2 steps, and at 2 and 4 of 4"

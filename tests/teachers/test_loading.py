@@ -3,12 +3,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cli.harness import changed, recipe_tree
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from tdistill.config import Recipe, TeacherConfig
 from tdistill.errors import ConfigError, ModelNotFoundError
+from tdistill.pipeline import Run, load_teacher
+from tdistill.teachers import loading
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
 
@@ -32,6 +38,47 @@ def test_an_address_that_leads_nowhere_is_named(address):
 def test_a_package_that_leads_nowhere_is_a_missing_model(address):
     with pytest.raises(ModelNotFoundError, match="package"):
         resolve_model_folder(address)
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls to a hub that gives the tiny teacher, but not at the revision ``gone``."""
+    calls: list[dict[str, Any]] = []
+
+    def download(address: str, **settings: Any) -> str:
+        calls.append({"address": address, **settings})
+        if settings["revision"] == "gone":
+            raise LocalEntryNotFoundError("not there")
+        return str(folder)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    return calls
+
+
+def test_a_revision_is_the_one_that_is_downloaded(hub):
+    load_teacher(TeacherConfig(model="org/teacher", dtype="float32", model_kwargs={"revision": "v1"}))
+    resolve_model_folder("org/student", revision="v2")
+    resolve_model_folder("org/student")
+    assert [call["revision"] for call in hub] == ["v1", "v2", None]
+    with pytest.raises(ModelNotFoundError, match=r"'org/teacher'.*at revision 'gone'"):
+        HFTeacher.from_pretrained("org/teacher", revision="gone")
+
+
+def test_the_student_has_a_revision_too(hub, tmp_path):
+    prompts = {name: tmp_path / f"{name}.jsonl" for name in ("train", "dev", "held_out")}
+    tree = changed(recipe_tree(Path("org/teacher"), prompts, tmp_path / "run"), student={"layers": None})
+    tree = changed(tree, student={"model": "org/student", "revision": "v3"})
+    Run(Recipe.model_validate(tree))._make_start(HFTeacher.from_pretrained("org/teacher", dtype="float32"))
+    assert [(call["address"], call["revision"]) for call in hub] == [("org/teacher", None), ("org/student", "v3")]
+    with pytest.raises(ValueError, match=r"revision = 'v3' is that of student\.model, which is not given"):
+        Recipe.model_validate(changed(tree, student={"model": None, "layers": 2}))
+
+
+@pytest.mark.parametrize("where", ["folder", "package"])
+def test_a_local_model_has_no_revision(folder, where):
+    address = str(folder) if where == "folder" else "package:tdistill/demo"
+    with pytest.raises(ConfigError, match=r"revision = 'v1', but .* is a local folder.*Leave revision out"):
+        resolve_model_folder(address, revision="v1")
 
 
 def test_pickled_weights_are_not_read(folder):

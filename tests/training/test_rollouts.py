@@ -110,7 +110,7 @@ def test_the_logged_share_follows_the_ramp(train, rollouts):
 
 
 def test_share_and_replay_choose_whose_answers_are_mixed_in(train, rollouts, tiny_stores, tiny_tokenizer, tmp_path):
-    source = rollouts(share=0.25, replay=0.25, every=1)
+    source = rollouts(share=0.25, replay=0.25, every=1, seed=0)
     model = train(objective="sft").model
     for step in range(3):
         source.prepare(step, model, tiny_tokenizer, tmp_path)
@@ -125,6 +125,32 @@ def test_share_and_replay_choose_whose_answers_are_mixed_in(train, rollouts, tin
     assert all(t is row or t.source == "student" for t, row in zip(mixed[:40], rows, strict=True))
     again = source.mix(rows, 2, 0)
     assert [t.response_ids.tolist() for t in again] == [t.response_ids.tolist() for t in mixed[:40]]
+
+
+@pytest.mark.parametrize("own", [None, 7])
+def test_the_seed_of_the_phase_is_that_of_its_rollouts_unless_they_have_their_own(train, rollouts, own):
+    """Prompts, answers and the mixing all follow it."""
+    made, seen = rollouts(seed=own, prompts_per_round=30), []
+    for name, seed in (("a", 1), ("b", 2), ("again", 1)):
+        trainer = train(name, made, objective=MIXTURE, max_steps=1, seed=seed, learning_rate=0.0)
+        trainer.train()
+        store = Store.open(Path(trainer.args.output_dir) / "rollouts" / "round-00000" / "rank-0")
+        rows = support.rows_of(trainer.store)
+        mixed = [t.source for t in made.mix(rows, 0, 0)]
+        seen.append(({t.prompt_id: t.response_ids.tolist() for t in support.rows_of(store)}, mixed))
+    first, other, again = seen
+    assert first == again
+    if own is not None:
+        assert first == other
+        return
+    assert first[0].keys() != other[0].keys() and first[1] != other[1]
+    shared = first[0].keys() & other[0].keys()
+    assert any(first[0][prompt] != other[0][prompt] for prompt in shared)
+
+
+def test_an_open_seed_without_a_trainer_is_named(rollouts):
+    with pytest.raises(ConfigError, match=r"rollouts\.seed is open"):
+        rollouts().mix([], 0, 0)
 
 
 @pytest.mark.parametrize("crash", [2, 3, 5])
@@ -172,6 +198,11 @@ def test_an_objective_that_needs_rollouts_says_so(train):
         train(objective=MIXTURE)
 
 
+def test_an_objective_that_would_imitate_the_students_answers_refuses_them(train, rollouts):
+    with pytest.raises(ConfigError, match="'sft' would imitate the student's own answers; leave rollouts out"):
+        train(rollouts=rollouts(), objective="sft")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -182,6 +213,7 @@ def test_an_objective_that_needs_rollouts_says_so(train):
         ("temperature", 0.0),
         ("temperature", float("inf")),
         ("ramp_steps", -1),
+        ("seed", -1),
     ],
 )
 def test_settings_out_of_range_are_refused(field, value):

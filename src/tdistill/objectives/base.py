@@ -58,6 +58,11 @@ class Objective:
         return False
 
     @property
+    def takes_rollouts(self) -> bool:
+        """Whether rollouts may be mixed in; not where tokens are imitated whoever took them."""
+        return True
+
+    @property
     def needs_log_probs_sampled(self) -> bool:
         """Whether it reads how likely the student's answers were under the policy that sampled them."""
         return False

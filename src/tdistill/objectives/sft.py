@@ -20,6 +20,7 @@ class SFT(Objective):
 
     name: ClassVar[str] = "sft"
     uses_sets: ClassVar[bool] = False
+    takes_rollouts: ClassVar[bool] = False
     support: ClassVar[Literal["vocabulary"]] = "vocabulary"
 
     def __call__(self, stats: ActionStats) -> LossOutput:

@@ -1,7 +1,8 @@
 """Prompt sets: read them, render them with a template, and turn them into token ids."""
 
 from tdistill.prompts.identity import check_same_tokenizer, check_vocabulary, end_token_ids, tokenizer_sha256
-from tdistill.prompts.read import Record, read_records, read_texts, resolve_package_path
+from tdistill.prompts.overlap import count_shared
+from tdistill.prompts.read import Record, is_file, read_records, read_texts, resolve_package_path
 from tdistill.prompts.templates import Template, TemplateKind, choose_template
 from tdistill.prompts.tokenise import tokenize_prompts
 
@@ -12,7 +13,9 @@ __all__ = [
     "check_same_tokenizer",
     "check_vocabulary",
     "choose_template",
+    "count_shared",
     "end_token_ids",
+    "is_file",
     "read_records",
     "read_texts",
     "resolve_package_path",

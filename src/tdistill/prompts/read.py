@@ -21,8 +21,9 @@ _PACKAGE = "package:"
 _ROLES = ("system", "user", "assistant")
 _PROMPT_KEYS = ("messages", "instruction", "prompt")  # the first one present decides how a record is read
 _INPUT_KEYS = ("input", "context")
-_ANSWER_KEYS = ("output", "response", "answer")
+_ANSWER_KEYS = ("output", "response", "answer", "completion")
 _ACCEPTED = "'prompt', 'messages' (a conversation) or 'instruction' (with 'input'); an answer goes under 'output'"
+_FILES = (".jsonl", ".json", ".parquet")
 _OTHER_FORMATS = (".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".arrow", ".yaml", ".yml")  # never hub names
 _ID_DIGITS = 16
 
@@ -68,34 +69,42 @@ def resolve_package_path(address: str, error: type[TDistillError] = DataFileErro
     )
 
 
-def read_records(source: str, split: str = "train") -> list[Record]:
+def is_file(source: str) -> bool:
+    """Whether a source is one file, which has neither splits nor configurations."""
+    return PurePosixPath(source).suffix.lower() in _FILES
+
+
+def read_records(source: str, split: str = "train", config: str | None = None) -> list[Record]:
     """Read a prompt set.
 
     A record is an object with ``prompt``, or ``messages`` (a conversation), or ``instruction`` with an optional
     ``input`` (``context`` in Dolly); if it has several of them, ``messages`` goes before ``instruction`` before
-    ``prompt``. Answers stand under ``output``, ``response`` or ``answer``, as a text or a list of texts. Null values
-    and empty answers count as absent, other keys are ignored, blank lines are skipped.
+    ``prompt``. Answers stand under ``output``, ``response``, ``answer`` or ``completion``, as a text or a list of
+    texts. In TRL's conversational form ``prompt`` is a list of messages and ``completion`` a list of one message. Null
+    values and empty answers count as absent, other keys are ignored, blank lines are skipped.
 
     Args:
         source: path of a ``.jsonl`` or ``.json`` file (one object per line) or a ``.parquet`` file; or a local folder
             or hub name for ``datasets.load_dataset``; or ``package:<package>/<path>`` for one of these in a package.
         split: split of a folder or hub name; a file has only one.
+        config: configuration of a folder or hub name, where it has several.
     Returns:
         Records in the source's order.
     Raises:
-        DataFileError: missing, unreadable or malformed source, or a malformed record; names the line or row.
+        DataFileError: missing, unreadable or malformed source, a configuration of a file, or a malformed record; names
+            the line or row.
         EmptyPromptSetError: the source holds no record.
     """
     path = resolve_package_path(source) if source.startswith(_PACKAGE) else Path(source)
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        items = _json_lines(path)
-    elif suffix == ".parquet":
-        items = _parquet_rows(path)
+    if config is not None and is_file(source):
+        raise DataFileError(f"{path} is a file and has no configuration '{config}'. Leave the configuration out.")
+    if is_file(source):
+        items = _parquet_rows(path) if suffix == ".parquet" else _json_lines(path)
     elif path.is_file() or suffix in _OTHER_FORMATS:
         raise DataFileError(f"{path}: '{suffix}' files are not read. Convert it to .jsonl or .parquet.")
     else:
-        items = _dataset_rows(str(path) if path.is_dir() else source, split)
+        items = _dataset_rows(str(path) if path.is_dir() else source, split, config)
     records = _with_ids(items)
     if not records:
         raise EmptyPromptSetError(f'{source} holds no record. Add at least one line such as {{"prompt": "Hello"}}.')
@@ -152,7 +161,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", row
 
 
-def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[tuple[str, Any]]:
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataFileError(
             f"'{name}' is no existing file or folder and cannot be a data set's hub name. Check the path; files end in "
@@ -161,11 +170,12 @@ def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # takes a second, and only this kind of source needs it
 
     try:
-        rows = list(datasets.load_dataset(name, split=split))
+        rows = list(datasets.load_dataset(name, name=config, split=split))
     except Exception as defect:  # the library raises errors of many unrelated classes, down to those of the network
+        place = f"split '{split}'" + ("" if config is None else f", configuration '{config}'")
         raise DataFileError(
-            f"'{name}' (split '{split}') cannot be loaded by the datasets library, and no file has this name: "
-            f"{type(defect).__name__}: {defect}. Check the name, the split and the connection."
+            f"'{name}' ({place}) cannot be loaded by the datasets library, and no file has this name: "
+            f"{type(defect).__name__}: {defect}. Check the name, the configuration, the split and the connection."
         ) from defect
     for number, row in enumerate(rows, start=1):
         yield f"{name} ({split}), row {number}", row
@@ -213,9 +223,18 @@ def _parse(item: Any, where: str) -> tuple[str | None, tuple[dict[str, str], ...
 
     references = _references(given, where)
     if key == "messages":
-        messages = _conversation(given[key], where)
+        messages = _conversation(given[key], key, where)
         if not references and messages[-1]["role"] == "assistant":
             references = (messages[-1]["content"],)
+    elif key == "prompt" and isinstance(given[key], list):
+        messages = _conversation(given[key], key, where)
+        if messages[-1]["role"] == "assistant":
+            raise DataFileError(
+                f"{where}: 'prompt' ends with an assistant turn. Put that under 'completion', or the whole "
+                "conversation under 'messages'."
+            )
+        if references:  # or the answers in the prompt would be taken for the one to learn
+            messages = (*messages, {"role": "assistant", "content": references[0]})
     else:
         message = {"role": "user", "content": _text(given[key], key, where)}
         if key == "instruction":
@@ -237,7 +256,7 @@ def _own_id(value: Any, where: str) -> str | None:
 def _references(given: Mapping[str, Any], where: str) -> tuple[str, ...]:
     found = {}
     for key in _ANSWER_KEYS:
-        value = given.get(key, [])
+        value = _answer_messages(given.get(key, []), where) if key == "completion" else given.get(key, [])
         texts = [
             _text(text, key if value is text else f"{key}[{index}]", where, may_be_empty=True)
             for index, text in enumerate(value if isinstance(value, list) else [value])
@@ -249,13 +268,25 @@ def _references(given: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return next(iter(found.values()), ())
 
 
-def _conversation(value: Any, where: str) -> tuple[dict[str, str], ...]:
+def _answer_messages(value: Any, where: str) -> Any:
+    """The text of a ``completion`` that is a list of messages; any other value as it is."""
+    if not isinstance(value, list) or not any(isinstance(message, dict) for message in value):
+        return value
+    if len(value) > 1 or value[0].get("role") != "assistant" or "content" not in value[0]:
+        raise DataFileError(
+            f"{where}: 'completion' is {_kind(value)}, expected one message of the assistant with 'content'. Put a "
+            "conversation of several turns under 'messages'."
+        )
+    return _text(value[0]["content"], "completion[0].content", where, may_be_empty=True)
+
+
+def _conversation(value: Any, key: str, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else _kind(value)
-        raise DataFileError(f"{where}: 'messages' is {found}, expected a list of objects with 'role' and 'content'.")
+        raise DataFileError(f"{where}: '{key}' is {found}, expected a list of objects with 'role' and 'content'.")
     messages: list[dict[str, str]] = []
     for index, message in enumerate(value):
-        name = f"messages[{index}]"
+        name = f"{key}[{index}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             found = f"an object with the keys {sorted(message)}" if isinstance(message, dict) else _kind(message)
             raise DataFileError(f"{where}: {name} is {found}, expected an object with 'role' and 'content'.")
@@ -273,14 +304,13 @@ def _conversation(value: Any, where: str) -> tuple[dict[str, str], ...]:
             )
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] == "system":
-        raise DataFileError(f"{where}: 'messages' has no user turn. End it with a user turn or an assistant turn.")
+        raise DataFileError(f"{where}: '{key}' has no user turn. End it with a user turn or an assistant turn.")
     return tuple(messages)
 
 
 def _text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        hint = " Put a conversation under 'messages'." if name == "prompt" and isinstance(value, list) else ""
-        raise DataFileError(f"{where}: '{name}' is {_kind(value)}, expected a text.{hint}")
+        raise DataFileError(f"{where}: '{name}' is {_kind(value)}, expected a text.")
     if not may_be_empty and not value.strip():
         raise DataFileError(f"{where}: '{name}' is empty. Write a text, or remove the record.")
     try:

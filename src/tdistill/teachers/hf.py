@@ -60,10 +60,16 @@ class HFTeacher:
 
     @classmethod
     def from_pretrained(
-        cls, address: str, *, gguf_file: str | None = None, dtype: str = "auto", **model_kwargs: Any
+        cls,
+        address: str,
+        *,
+        gguf_file: str | None = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        **model_kwargs: Any,
     ) -> HFTeacher:
         """Load by folder, hub name or ``package:NAME``; see :mod:`tdistill.teachers.loading`."""
-        folder = resolve_model_folder(address, gguf_file)
+        folder = resolve_model_folder(address, gguf_file, revision)
         digest = weights_sha256(folder, gguf_file)
         tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
         return cls(load_causal_lm(folder, gguf_file=gguf_file, dtype=dtype, **model_kwargs), tokenizer, digest)

@@ -20,15 +20,26 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _METADATA = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def resolve_model_folder(address: str, gguf_file: str | None = None) -> Path:
+def resolve_model_folder(address: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
     """Folder that holds the model: an existing folder, ``package:NAME``, or a hub name (downloaded, safetensors only).
 
+    Args:
+        address: one of these.
+        gguf_file: file to download in the place of safetensors.
+        revision: branch, tag or commit of a hub name; None is the hub's default.
     Raises:
+        ConfigError: a revision of what is no hub name.
         ModelNotFoundError: nothing there, or the hub cannot be reached; names the address and the remedy.
     """
-    if address.startswith("package:"):
-        return resolve_package_path(address, ModelNotFoundError)
     folder = Path(address).expanduser()
+    is_package = address.startswith("package:")
+    if revision is not None and (is_package or folder.is_dir()):
+        raise ConfigError(
+            f"revision = '{revision}', but '{address}' is a local folder and has no revisions. Leave revision out, or "
+            "give a hub name."
+        )
+    if is_package:
+        return resolve_package_path(address, ModelNotFoundError)
     if folder.is_dir():
         return folder
     if address.count("/") > 1 or address.startswith((".", "/", "~")):
@@ -37,11 +48,12 @@ def resolve_model_folder(address: str, gguf_file: str | None = None) -> Path:
         )
     wanted = [gguf_file] if gguf_file else list(_WEIGHTS)
     try:
-        return Path(snapshot_download(address, allow_patterns=[*wanted, *_METADATA]))
+        return Path(snapshot_download(address, revision=revision, allow_patterns=[*wanted, *_METADATA]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        of_revision = "" if revision is None else f" at revision '{revision}'"
         raise ModelNotFoundError(
-            f"'{address}' is neither a folder nor a model that the hub gave ({type(error).__name__}). Check the "
-            "spelling and the network, or give a local folder."
+            f"'{address}' is neither a folder nor a model that the hub gave{of_revision} ({type(error).__name__}). "
+            "Check the spelling and the network, or give a local folder."
         ) from error
 
 

@@ -14,6 +14,8 @@ from tdistill.errors import ConfigError, did_you_mean
 from tdistill.objectives import Objective, OffSupport, objective_class
 
 KernelName = Literal["candidates", "reference"]
+# A checkpoint holds the optimizer too, three times the weights: at most ten are written.
+_SHARE_BETWEEN_CHECKPOINTS = 0.1
 # Arguments of transformers that nothing would read, and why.
 _WITHOUT_EFFECT = {
     "per_device_train_batch_size": "a micro-batch holds about response_tokens_per_batch tokens",
@@ -50,6 +52,10 @@ class TDistillConfig(TrainingArguments):
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
         slow_copy_rate: τ of the slow copy of the student that some objectives take their targets from.
         kernel: ``candidates``, or ``reference`` (dense, for comparison).
+        bf16: None is true on a GPU that has bf16, unless fp16 is; a bool from then on.
+        save_steps: None writes a checkpoint at each evaluation with ``load_best_model_at_end``, else after each tenth
+            of the phase's steps; a number from then on.
+        save_total_limit: checkpoints that are kept, the best one among them; None keeps all.
         metric_for_best_model: ``eval_kl_set_tail`` unless given; ``eval_nll`` takes its place where the dev store
             lists no sets.
     """
@@ -69,6 +75,9 @@ class TDistillConfig(TrainingArguments):
     kernel: KernelName = "candidates"
     learning_rate: float = field(default=1e-4)
     max_grad_norm: float = field(default=1.0)
+    bf16: bool | None = field(default=None)  # type: ignore[assignment]
+    save_steps: float | None = field(default=None)  # type: ignore[assignment]
+    save_total_limit: int | None = field(default=2)
     # A non-finite loss raises here; transformers would replace it by an average in the log.
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
@@ -106,8 +115,13 @@ class TDistillConfig(TrainingArguments):
             raise ConfigError(f"kernel = '{self.kernel}' is unknown.{did_you_mean(self.kernel, get_args(KernelName))}")
         # Even batches would repeat some trajectories on some processes; the sampler already deals out full rounds.
         self.accelerator_config = {"even_batches": False, **(_as_dict(self.accelerator_config))}
-        if not self.bf16 and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
-            self.bf16 = torch.cuda.is_bf16_supported()
+        if self.bf16 is None:
+            on_gpu = not self.use_cpu and torch.cuda.is_available()
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.save_steps is None:
+            best_by_steps = self.load_best_model_at_end and evaluates == "steps"
+            # As transformers: logging_steps where eval_steps is left out, and below 1 a share of all steps, rounded up.
+            self.save_steps = (self.eval_steps or self.logging_steps) if best_by_steps else _SHARE_BETWEEN_CHECKPOINTS
         super().__post_init__()
         if self.outside not in ("drop", "keep"):
             raise ConfigError(f"outside = '{self.outside}' is unknown; use drop or keep.")

@@ -38,7 +38,8 @@ class RolloutSettings:
         teacher_mix: weight in [0, 1) of the teacher's policy in the one that answers are sampled from, the teacher
             running beside the student (MiniLLM, arXiv 2306.08543, eq. 6: 0.2); needs temperature 1 and top_p 1.
         batch_size: answers generated and scored at once.
-        seed: every random number is a function of (seed, round, prompt, position) or (seed, step) alone.
+        seed: every random number is a function of (seed, round, prompt, position) or (seed, step) alone; None takes the
+            seed that the phase is trained with.
     """
 
     every: int = 50
@@ -50,7 +51,7 @@ class RolloutSettings:
     top_p: float = 1.0
     teacher_mix: float = 0.0
     batch_size: int = 32
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "prompts_per_round", "batch_size"):
@@ -58,6 +59,8 @@ class RolloutSettings:
                 raise ConfigError(f"rollouts.{name} = {getattr(self, name)} must be at least 1.")
         if self.ramp_steps < 0:
             raise ConfigError(f"rollouts.ramp_steps = {self.ramp_steps} must not be negative.")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"rollouts.seed = {self.seed} must not be negative; null takes the phase's seed.")
         for name, low_open in (("share", True), ("replay", False), ("top_p", True)):
             value = getattr(self, name)
             if not (0 < value <= 1 if low_open else 0 <= value <= 1):
@@ -134,6 +137,7 @@ class Rollouts:
         template: names the prompt template, any JSON value.
 
     Attributes:
+        seed: of all random numbers; the trainer fills in its own where the settings leave it open.
         keeps_log_probs: whether a round keeps the log-probabilities of its tokens under the policy that sampled them,
             which costs one forward pass of the student.
     """
@@ -149,7 +153,7 @@ class Rollouts:
         template: Any = None,
     ) -> None:
         self.settings, self.prompts, self.load_teacher = settings, prompts, load_teacher
-        self.sampling, self.template = sampling, template
+        self.sampling, self.template, self.seed = sampling, template, settings.seed
         self._stores: dict[Path, _Round] = {}
         self._rounds: list[_Round] = []
 
@@ -182,9 +186,14 @@ class Rollouts:
 
     def mix(self, trajectories: Sequence[Trajectory], step: int, micro_batch: int, rank: int = 0) -> list[Trajectory]:
         """Put answers of the student in the place of trajectories, each with the probability of the share."""
-        rng = np.random.default_rng([self.settings.seed, step, micro_batch, rank])
+        rng = np.random.default_rng([self._seed(), step, micro_batch, rank])
         share = self.settings.share_at(step)
         return [self._draw(rng) if rng.random() < share else trajectory for trajectory in trajectories]
+
+    def _seed(self) -> int:
+        if self.seed is None:
+            raise ConfigError("rollouts.seed is open, and no trainer has filled it in; set it.")
+        return self.seed
 
     def _draw(self, rng: np.random.Generator) -> Trajectory:
         *earlier, newest = self._rounds
@@ -197,7 +206,7 @@ class Rollouts:
         return folder / "rollouts" / f"round-{number:05d}" / f"rank-{rank}"
 
     def _capture(self, number: int, path: Path, model: Any, tokenizer: Any, rank: int, num_ranks: int) -> None:
-        rng = np.random.default_rng([self.settings.seed, number])
+        rng = np.random.default_rng([self._seed(), number])
         num_prompts = min(self.settings.prompts_per_round, len(self.prompts))
         if num_prompts < num_ranks:
             raise ConfigError(
@@ -246,7 +255,7 @@ class Rollouts:
     ) -> list[PromptTokens]:
         """Sample one answer per prompt from the student."""
         settings = SamplingSettings(
-            self.settings.top_p, None, self.settings.temperature, self.sampling.max_new_tokens, self.settings.seed
+            self.settings.top_p, None, self.settings.temperature, self.sampling.max_new_tokens, self._seed()
         )
         was_training, generation = model.training, model.generation_config
         student = HFTeacher(model, tokenizer, "the student in training")

@@ -75,7 +75,8 @@ class TDistillTrainer(Trainer):
         ProbabilityRangeError: p above the store's p_max.
         TokenizerMismatchError: tokenizer or vocabulary differ from the store's.
         UnsupportedModelError: the model's head is not a plain linear layer.
-        ConfigError: the objective needs rollouts and there are none, or a way of training that they do not work with.
+        ConfigError: the objective needs rollouts and there are none, or takes none, or a way of training that they do
+            not work with.
     """
 
     args: TDistillConfig
@@ -103,6 +104,13 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings learns from the student's own answers; "
                 "give the phase `rollouts`."
             )
+        if rollouts is not None and not self.objective.takes_rollouts:
+            raise ConfigError(
+                f"The objective '{self.objective.name}' would imitate the student's own answers; leave rollouts out, "
+                "or take an objective that compares the student with the teacher there, such as gkd."
+            )
+        if rollouts is not None and rollouts.settings.seed is None:
+            rollouts.seed = args.seed
         if self.objective.needs_log_probs_sampled:
             assert rollouts is not None
             check_log_probs_sampled(self.objective.name, rollouts.settings, rollouts.sampling)

@@ -1,0 +1,145 @@
+"""Precision and checkpoints of a phase, where its arguments leave them open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers.training_args
+from cli.harness import recipe_tree, write_recipe
+from training_support import settings
+from transformers import TrainerCallback
+
+from tdistill.config import load_recipe
+from tdistill.errors import ConfigError
+from tdistill.training import arguments
+from tdistill.training.checkpoints import checkpoints_at_once
+from tdistill.training.trainer import TDistillTrainer
+
+# ---- precision ----
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Lets the arguments believe in a GPU, with bf16 or without."""
+
+    def say(supported: bool) -> None:
+        cuda = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda: supported)
+        monkeypatch.setattr(arguments, "torch", SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: supported)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("given", "supported", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"bf16": None}, True, True),
+        ({"bf16": False}, True, False),
+        ({"bf16": True}, True, True),
+        ({"fp16": True}, True, False),
+        ({"use_cpu": True}, True, False),
+    ],
+)
+def test_bf16_is_chosen_only_where_it_is_left_open(tmp_path, on_gpu, given, supported, expected):
+    on_gpu(supported)
+    assert settings(tmp_path, **{"use_cpu": False, **given}).bf16 is expected
+
+
+def test_without_a_gpu_bf16_is_off(tmp_path):
+    assert settings(tmp_path).bf16 is False
+
+
+def test_a_recipe_may_say_bf16_or_leave_it_open(tmp_path, on_gpu):
+    on_gpu(True)
+    tree = recipe_tree(Path("teacher"), {name: Path(name) for name in ("train", "dev", "held_out")}, tmp_path / "run")
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tree), ["phases.sft.args.bf16=false"])
+    assert (recipe.arguments("sft", "x").bf16, recipe.arguments("bd", "x").bf16) == (False, True)
+    assert load_recipe(tmp_path / "recipe.yaml", ["phases.sft.args.bf16=null"]).arguments("sft", "x").bf16 is True
+    with pytest.raises(ConfigError, match=r"'bf16'.*given: 'half'"):
+        load_recipe(tmp_path / "recipe.yaml", ["phases.sft.args.bf16=half"])
+
+
+# ---- checkpoints ----
+
+
+class _Seen(TrainerCallback):
+    """Steps at which a checkpoint was written."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [
+        ({"max_steps": 20}, [*range(2, 21, 2)]),
+        ({"max_steps": 23}, [*range(3, 22, 3), 23]),
+        ({"max_steps": 3}, [1, 2, 3]),
+        ({"max_steps": 1}, [1]),
+        ({"max_steps": 6, "save_steps": 4}, [4, 6]),
+        ({"max_steps": 6, "save_steps": 0.5}, [3, 6]),
+        ({"max_steps": 6, **BEST, "eval_steps": 3}, [3, 6]),
+        ({"max_steps": 6, **BEST, "eval_steps": 0.5}, [3, 6]),
+        ({"max_steps": 6, **BEST, "logging_steps": 2}, [2, 4, 6]),
+        ({"max_steps": 6, **BEST, "eval_steps": 2, "save_steps": 4}, [4, 6]),
+        ({"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}, [*range(1, 7)]),
+    ],
+)
+def test_checkpoints_are_written_at_evaluations_or_at_each_tenth(
+    load_start, tiny_stores, tiny_tokenizer, tmp_path, given, saved
+):
+    seen, args = _Seen(), settings(tmp_path, objective="sft", **{"save_strategy": "steps", **given})
+    stores = tiny_stores["train"], tiny_stores["dev"]
+    trainer = TDistillTrainer(load_start(), args, *stores, tiny_tokenizer, callbacks=[seen])
+    trainer.train()
+    assert seen.steps == saved
+    assert len(list(tmp_path.glob("checkpoint-*"))) == min(2, len(saved))
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"max_steps": 20}, 3),  # two, and the one being written
+        ({"max_steps": 2}, 2),
+        ({"max_steps": 20, "save_total_limit": None}, 10),
+        ({"max_steps": 20, "save_total_limit": None, "save_steps": 3}, 7),
+        ({"max_steps": 20, "save_total_limit": 1}, 2),
+        ({"max_steps": 20, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 10}, 3),
+        ({"max_steps": 20, "save_total_limit": 7}, 8),
+        ({"max_steps": 4, "save_total_limit": None, "save_strategy": "best", "eval_strategy": "steps"}, 4),
+    ],
+)
+def test_the_checkpoints_that_need_room_are_counted(tiny_stores, tmp_path, given, number):
+    args = settings(tmp_path, **{"save_strategy": "steps", **given})
+    assert checkpoints_at_once(args, tiny_stores["train"]) == number
+
+
+def test_the_checkpoints_of_epochs_are_those_that_training_leaves(load_start, tiny_stores, tiny_tokenizer, tmp_path):
+    for strategy, expected in (("epoch", 3), ("steps", 4)):  # 4 steps are an epoch
+        args = settings(
+            tmp_path / strategy,
+            objective="sft",
+            max_steps=-1,
+            num_train_epochs=2.5,
+            save_strategy=strategy,
+            save_steps=3,
+            save_total_limit=None,
+            response_tokens_per_batch=256,
+        )
+        trainer = TDistillTrainer(load_start(), args, tiny_stores["train"], None, tiny_tokenizer)
+        trainer.train()
+        left = len(list((tmp_path / strategy).glob("checkpoint-*")))
+        assert checkpoints_at_once(args, tiny_stores["train"]) == left == expected
