@@ -344,12 +344,15 @@ class Run:
         """Make the stores of ``capture.from_run`` those of this run.
 
         Raises:
-            RunFolderError: one of them is not finished.
+            RunFolderError: one of them is not finished, or there is a link that the recipe does not ask for.
         """
         link, source = self.folder / "store", self.recipe.capture.from_run
-        if link.is_symlink():  # of a recipe that was refused and is corrected now
-            link.unlink()
         if source is None:
+            if link.is_symlink():
+                raise RunFolderError(
+                    f"{link} is a link to {link.readlink()}, and capture.from_run is not set. Set it to the run that "
+                    "the link leads to, or delete the link to ask the teacher."
+                )
             return
         for split in SPLITS:
             if not (Path(source) / "store" / split / "manifest.json").is_file():
@@ -357,6 +360,7 @@ class Run:
                     f"{source} (capture.from_run) has no finished store of {split}. Name the folder of a run, and "
                     "finish it first: `tdistill capture` with its recipe."
                 )
+        link.unlink(missing_ok=True)  # of a recipe that was refused and is corrected now
         link.symlink_to((Path(source) / "store").resolve(), target_is_directory=True)
 
     def _check_asked(self, split: str, prompt_ids: Collection[str], num_answers: int = 0) -> None:
@@ -438,7 +442,9 @@ class Run:
                 raise
         else:
             assert recipe.student.model is not None
-            config = AutoConfig.from_pretrained(resolve_model_folder(recipe.student.model, recipe.student.revision))
+            config = AutoConfig.from_pretrained(
+                resolve_model_folder(recipe.student.model, revision=recipe.student.revision)
+            )
             configs[f"the student {recipe.student.model}"] = config
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
         for name, task in (recipe.evaluation.tasks or {}).items():

@@ -142,10 +142,11 @@ def test_a_run_refuses_answers_that_it_would_not_ask_for(finished: FinishedRun, 
     assert more.code == 8 and "lacks answers to 60 prompts" in more.err
     other = tdistill("capture", finished.recipe, f"output={folder}", source, "capture.p_max=0.9")
     assert other.code == 7 and "p_max" in other.err
-    # Refused before anything was made, so the recipe may be corrected, and then asks by itself.
+    # Refused before anything was made, so the recipe may be corrected; by itself it would write into the other's store.
     assert not (folder / "start").exists()
-    assert tdistill("capture", finished.recipe, f"output={folder}").code == 0
-    assert not (folder / "store").is_symlink()
+    alone = tdistill("capture", finished.recipe, f"output={folder}")
+    assert alone.code == 8 and f"{folder}/store is a link" in alone.err
+    assert tdistill("capture", finished.recipe, f"output={folder}", source).code == 0
     assert snapshot(finished.folder) == before
 
 

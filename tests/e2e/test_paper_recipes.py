@@ -273,13 +273,11 @@ def test_the_student_is_a_plain_model_of_its_own_architecture_that_answers(run: 
 
 @pytest.mark.parametrize("run", ["gpt2"], indirect=True)
 def test_another_student_goes_on_with_the_same_store(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A link to the store is taken for its own, and no answer is asked for again."""
     monkeypatch.setattr("tdistill.pipeline.HFTeacher.generate", lambda *_: pytest.fail("the store is there"))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "store").symlink_to(run.folder / "store")
     before = snapshot(run.folder / "store")
     family = run.family._replace(sizes=(run.family.sizes[0],) * 2)
-    words = (*run.words, f"student.model={save_model(tmp_path / 'student', family, 1)}", f"output={tmp_path / 'run'}")
+    words = (*run.words, f"output={tmp_path / 'run'}", f"capture.from_run={run.folder}",
+             f"student.model={save_model(tmp_path / 'student', family, 1)}")  # fmt: skip
     for verb in ("capture", "train"):
         outcome = tdistill(verb, RECIPES / f"{family.recipe}.yaml", *words)
         assert outcome.code == 0, outcome.err
