@@ -291,6 +291,11 @@ class Run:
             raise RunFolderError(
                 f"{self.folder} exists and is no run of tdistill. Choose another folder with output=FOLDER."
             )
+        if (stores := self.folder / "store").is_symlink() and not stores.exists():
+            raise RunFolderError(
+                f"{stores} leads to {stores.readlink()}, the answers of another run (capture.from_run), which are not "
+                "there any more. Put that folder back, or choose another folder with output=FOLDER."
+            )
         # A run that was refused before its first answer leaves these two; its recipe may be corrected.
         begun = bool(files - {path, environment_path})
         differing = self._differing(path, begun) if files else []
@@ -325,8 +330,9 @@ class Run:
             raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
         asked = yaml.safe_load(self.recipe.to_yaml())
         differing = _differences({**stored, "output": None}, {**asked, "output": None})
-        trained = [name for name in asked["phases"] if (self.folder / "phases" / name).is_dir()]
-        others = [name for name in trained if _lineage(stored["phases"], name) != _lineage(asked["phases"], name)]
+        before, phases = stored.get("phases") or {}, asked["phases"]
+        trained = [name for name in phases if (self.folder / "phases" / name).is_dir()]
+        others = [name for name in trained if _lineage(before, name) != _lineage(phases, name)]
         fixed = [line for line in differing if not line.startswith(("evaluation.", "phases."))]
         if not begun or not (fixed or others):
             return differing
@@ -376,9 +382,9 @@ class Run:
         """
         if not (self.store_path(split) / "manifest.json").is_file():
             return
-        jobs = set(Store.open(self.store_path(split), verify=False).jobs)
+        jobs, asked = set(Store.open(self.store_path(split), verify=False).jobs), set(prompt_ids)
         source = f"{getattr(self.recipe.data, split)} (data.{split})"
-        gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & set(prompt_ids)})
+        gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & asked})
         if gone:
             raise DataFileError(
                 f"{source} has changed: {len(gone)} prompts that the store {self.store_path(split)} has answers to are "
@@ -386,7 +392,7 @@ class Run:
             )
         if self.recipe.capture.from_run is None:
             return
-        lacking = [name for name in prompt_ids if any((name, k) not in jobs for k in range(num_answers))]
+        lacking = [name for name in asked if any((name, k) not in jobs for k in range(num_answers))]
         if lacking:
             raise RunFolderError(
                 f"{self.recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
@@ -808,7 +814,7 @@ def _lineage(phases: Mapping[str, Any], name: str) -> list[Any]:
     for other, phase in phases.items():
         if other == name:
             break
-        before = before if phase["control"] else other
+        before = before if phase.get("control") else other
     init = str(settings.get("init") or before)
     return [settings | {"init": init}, *(_lineage(phases, init) if init in phases else [])]
 

@@ -131,6 +131,10 @@ def test_a_run_reads_the_answers_of_another(finished: FinishedRun, tmp_path: Pat
     assert snapshot(finished.folder) == before
     again = tdistill("run", finished.recipe, *words)
     assert again.code == 0 and f"reuses the run in {folder}" in again.err
+    (folder / "store").unlink()
+    (folder / "store").symlink_to(tmp_path / "gone")
+    lost = tdistill("train", finished.recipe, *words)
+    assert lost.code == 8 and f"leads to {tmp_path}/gone" in lost.err
 
 
 def test_a_run_refuses_answers_that_it_would_not_ask_for(finished: FinishedRun, tmp_path: Path):
