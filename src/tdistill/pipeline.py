@@ -297,7 +297,7 @@ class Run:
                 "there any more. Put that folder back, or choose another folder with output=FOLDER."
             )
         # A run that was refused before its first answer leaves these two; its recipe may be corrected.
-        begun = bool(files - {path, environment_path})
+        begun = bool(files) and files != {path, environment_path}
         differing = self._differing(path, begun) if files else []
         if not begun:
             self._link_stores()
