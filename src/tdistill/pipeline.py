@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from tdistill.prompts import (
 )
 from tdistill.reports.card import write_model_card
 from tdistill.reports.html import write_report
+from tdistill.run_folder import SPLITS, check_asked, differing_lines, link_stores
 from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
@@ -67,7 +68,6 @@ from tdistill.training.rollouts import Rollouts
 from tdistill.training.trainer import TDistillTrainer, last_checkpoint
 from tdistill.types import PromptTokens
 
-SPLITS = ("train", "dev", "held_out")
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +105,9 @@ class Run:
             self.capture()
         else:
             for split in SPLITS:
-                self._check_asked(split, {record.prompt_id for record in self.records(split)})
+                check_asked(
+                    self.recipe, self.store_path(split), split, {record.prompt_id for record in self.records(split)}
+                )
         self.train()
         self.evaluate()
         return self.report()
@@ -132,7 +134,13 @@ class Run:
         self._check_models(teacher, [prompt for split in SPLITS for prompt in prompts[split]])
         num_answers = {split: capture.answers_per_prompt if split == "train" else 1 for split in SPLITS}
         for split in SPLITS:
-            self._check_asked(split, {prompt.prompt_id for prompt in prompts[split]}, num_answers[split])
+            check_asked(
+                self.recipe,
+                self.store_path(split),
+                split,
+                {prompt.prompt_id for prompt in prompts[split]},
+                num_answers[split],
+            )
         for split in SPLITS:
             before, started = self._captured(split), time.perf_counter()
             try:
@@ -298,9 +306,9 @@ class Run:
             )
         # A run that was refused before its first answer leaves these two; its recipe may be corrected.
         begun = bool(files) and files != {path, environment_path}
-        differing = self._differing(path, begun) if files else []
+        differing = differing_lines(self.folder, self.recipe, begun) if files else []
         if not begun:
-            self._link_stores()
+            link_stores(self.folder, self.recipe.capture.from_run)
         elif any(line.startswith("phases.") for line in differing):
             # A copy of what was the final phase.
             shutil.rmtree(self.folder / "student", ignore_errors=True)
@@ -311,93 +319,6 @@ class Run:
             self.say("; ".join([f"{'reuses' if done else 'resumes'} the run in {self.folder}", *differing]))
         if not environment_path.is_file():
             write_atomically(environment_path, json.dumps(environment(), indent=1) + "\n")
-
-    def _differing(self, path: Path, begun: bool) -> list[str]:
-        """What differs between the recipe in a file and this one, a line each; the folder's place is no difference.
-
-        In a run that has begun the evaluation may differ, and phases that are not trained.
-
-        Raises:
-            RunFolderError: anything else differs, or the file is not readable.
-        """
-        try:
-            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunFolderError(
-                f"{path} is not readable: {error}. Restore it, or choose another folder with output=FOLDER."
-            ) from error
-        if not isinstance(stored, dict):
-            raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
-        asked = yaml.safe_load(self.recipe.to_yaml())
-        differing = _differences({**stored, "output": None}, {**asked, "output": None})
-        before, phases = stored.get("phases") or {}, asked["phases"]
-        trained = [name for name in phases if (self.folder / "phases" / name).is_dir()]
-        others = [name for name in trained if _lineage(before, name) != _lineage(phases, name)]
-        fixed = [line for line in differing if not line.startswith(("evaluation.", "phases."))]
-        if not begun or not (fixed or others):
-            return differing
-        remedies = ["Choose another folder with output=FOLDER", "delete this one"]
-        if not any(line.startswith(("teacher.", "data.", "capture.")) for line in fixed):
-            remedies[0] += f" (capture.from_run={self.folder} there reads this one's answers)"
-        if not fixed:
-            remedies[1] = "train again after deleting " + ", ".join(f"{self.folder}/phases/{name}" for name in others)
-        raise RunFolderError(
-            f"{self.folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
-            f"{remedies[0]}, or {remedies[1]}."
-        )
-
-    def _link_stores(self) -> None:
-        """Make the stores of ``capture.from_run`` those of this run.
-
-        Raises:
-            RunFolderError: one of them is not finished, or there is a link that the recipe does not ask for.
-        """
-        link, source = self.folder / "store", self.recipe.capture.from_run
-        if source is None:
-            if link.is_symlink():
-                raise RunFolderError(
-                    f"{link} is a link to {link.readlink()}, and capture.from_run is not set. Set it to the run that "
-                    "the link leads to, or delete the link to ask the teacher."
-                )
-            return
-        for split in SPLITS:
-            if not (Path(source) / "store" / split / "manifest.json").is_file():
-                raise RunFolderError(
-                    f"{source} (capture.from_run) has no finished store of {split}. Name the folder of a run, and "
-                    "finish it first: `tdistill capture` with its recipe."
-                )
-        link.unlink(missing_ok=True)  # of a recipe that was refused and is corrected now
-        link.symlink_to((Path(source) / "store").resolve(), target_is_directory=True)
-
-    def _check_asked(self, split: str, prompt_ids: Collection[str], num_answers: int = 0) -> None:
-        """Raise unless a finished store is about the prompts that are asked for now.
-
-        Args:
-            split: of the store.
-            prompt_ids: of the prompts, or of the conversations whose turns are prompts.
-            num_answers: of each, that another run's store must hold; 0: of this run, which can still ask.
-        Raises:
-            DataFileError: the store has answers to other prompts, which would be trained on and measured.
-            RunFolderError: another run's store lacks some.
-        """
-        if not (self.store_path(split) / "manifest.json").is_file():
-            return
-        jobs, asked = set(Store.open(self.store_path(split), verify=False).jobs), set(prompt_ids)
-        source = f"{getattr(self.recipe.data, split)} (data.{split})"
-        gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & asked})
-        if gone:
-            raise DataFileError(
-                f"{source} has changed: {len(gone)} prompts that the store {self.store_path(split)} has answers to are "
-                f"not in it any more, such as '{gone[0]}'. Put them back, or choose another folder with output=FOLDER."
-            )
-        if self.recipe.capture.from_run is None:
-            return
-        lacking = [name for name in asked if any((name, k) not in jobs for k in range(num_answers))]
-        if lacking:
-            raise RunFolderError(
-                f"{self.recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
-                f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
-            )
 
     def _captured(self, split: str) -> int | None:
         """Answers in a finished store, or None."""
@@ -796,27 +717,6 @@ def environment() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:
-    """Lines ``key: stored X, asked Y`` for every leaf that differs."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        lines = []
-        for name in sorted({*stored, *asked}):
-            lines += _differences(stored.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
-        return lines
-    return [] if stored == asked else [f"{key}: stored {stored!r}, asked {asked!r}"]
-
-
-def _lineage(phases: Mapping[str, Any], name: str) -> list[Any]:
-    """What a phase's student was made by: its settings and those of the phases before it, from a stored recipe."""
-    settings, before = {**phases.get(name, {}), "control": None}, "start"
-    for other, phase in phases.items():
-        if other == name:
-            break
-        before = before if phase.get("control") else other
-    init = str(settings.get("init") or before)
-    return [settings | {"init": init}, *(_lineage(phases, init) if init in phases else [])]
 
 
 def _publish_copy(source: Path, target: Path) -> None:

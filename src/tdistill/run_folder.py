@@ -1,0 +1,129 @@
+"""What a run's folder may hold when a recipe is started in it: its own, or what that recipe can go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tdistill.config import Recipe
+from tdistill.errors import DataFileError, RunFolderError
+from tdistill.store import Store
+
+SPLITS = ("train", "dev", "held_out")
+
+
+def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:
+    """What differs between the recipe in a folder and this one, a line each; the folder's place is no difference.
+
+    In a run that has begun the evaluation may differ, and phases that are not trained.
+
+    Raises:
+        RunFolderError: anything else differs, or the file is not readable.
+    """
+    path = folder / "recipe.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFolderError(
+            f"{path} is not readable: {error}. Restore it, or choose another folder with output=FOLDER."
+        ) from error
+    if not isinstance(stored, dict):
+        raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
+    asked = yaml.safe_load(recipe.to_yaml())
+    differing = _differences({**stored, "output": None}, {**asked, "output": None})
+    before, phases = stored.get("phases") or {}, asked["phases"]
+    trained = [name for name in phases if (folder / "phases" / name).is_dir()]
+    others = [name for name in trained if _lineage(before, name) != _lineage(phases, name)]
+    fixed = [line for line in differing if not line.startswith(("evaluation.", "phases."))]
+    if not begun or not (fixed or others):
+        return differing
+    remedies = ["Choose another folder with output=FOLDER", "delete this one"]
+    if not any(line.startswith(("teacher.", "data.", "capture.")) for line in fixed):
+        remedies[0] += f" (capture.from_run={folder} there reads this one's answers)"
+    if not fixed:
+        remedies[1] = "train again after deleting " + ", ".join(f"{folder}/phases/{name}" for name in others)
+    raise RunFolderError(
+        f"{folder} holds another run; it differs in:\n  " + "\n  ".join(differing) + "\n"
+        f"{remedies[0]}, or {remedies[1]}."
+    )
+
+
+def link_stores(folder: Path, source: str | None) -> None:
+    """Make the stores of ``capture.from_run`` those of this run.
+
+    Raises:
+        RunFolderError: one of them is not finished, or there is a link that the recipe does not ask for.
+    """
+    link = folder / "store"
+    if source is None:
+        if link.is_symlink():
+            raise RunFolderError(
+                f"{link} is a link to {link.readlink()}, and capture.from_run is not set. Set it to the run that "
+                "the link leads to, or delete the link to ask the teacher."
+            )
+        return
+    for split in SPLITS:
+        if not (Path(source) / "store" / split / "manifest.json").is_file():
+            raise RunFolderError(
+                f"{source} (capture.from_run) has no finished store of {split}. Name the folder of a run, and "
+                "finish it first: `tdistill capture` with its recipe."
+            )
+    link.unlink(missing_ok=True)  # of a recipe that was refused and is corrected now
+    link.symlink_to((Path(source) / "store").resolve(), target_is_directory=True)
+
+
+def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[str], num_answers: int = 0) -> None:
+    """Raise unless a finished store is about the prompts that are asked for now.
+
+    Args:
+        recipe: that asks.
+        path: of the store.
+        split: of the prompts.
+        prompt_ids: of the prompts, or of the conversations whose turns are prompts.
+        num_answers: of each, that another run's store must hold; 0: of this run, which can still ask.
+    Raises:
+        DataFileError: the store has answers to other prompts, which would be trained on and measured.
+        RunFolderError: another run's store lacks some.
+    """
+    if not (path / "manifest.json").is_file():
+        return
+    jobs, asked = set(Store.open(path, verify=False).jobs), set(prompt_ids)
+    source = f"{getattr(recipe.data, split)} (data.{split})"
+    gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & asked})
+    if gone:
+        raise DataFileError(
+            f"{source} has changed: {len(gone)} prompts that the store {path} has answers to are "
+            f"not in it any more, such as '{gone[0]}'. Put them back, or choose another folder with output=FOLDER."
+        )
+    if recipe.capture.from_run is None:
+        return
+    lacking = [name for name in asked if any((name, k) not in jobs for k in range(num_answers))]
+    if lacking:
+        raise RunFolderError(
+            f"{recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
+            f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
+        )
+
+
+def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:
+    """Lines ``key: stored X, asked Y`` for every leaf that differs."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        lines = []
+        for name in sorted({*stored, *asked}):
+            lines += _differences(stored.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
+        return lines
+    return [] if stored == asked else [f"{key}: stored {stored!r}, asked {asked!r}"]
+
+
+def _lineage(phases: Mapping[str, Any], name: str) -> list[Any]:
+    """What a phase's student was made by: its settings and those of the phases before it, from a stored recipe."""
+    settings, before = {**phases.get(name, {}), "control": None}, "start"
+    for other, phase in phases.items():
+        if other == name:
+            break
+        before = before if phase.get("control") else other
+    init = str(settings.get("init") or before)
+    return [settings | {"init": init}, *(_lineage(phases, init) if init in phases else [])]
