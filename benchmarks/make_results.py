@@ -16,7 +16,7 @@ from tdistill.files import write_atomically
 from tdistill.reports.load import read_results
 from tdistill.reports.performance import bars_table, headline, performance_table
 from tdistill.reports.plots import sparsity_study_chart
-from tdistill.reports.tables import markdown_table, results_page
+from tdistill.reports.tables import markdown_table, results_section
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
@@ -25,7 +25,7 @@ import finals
 import prefixes
 from plan import EXPERIMENTS, missing
 from table import comparison_section
-from tables import cost_figure, experiment_section, paper_section, test_scores, tests_section
+from tables import cost_figure, experiment_section, paper_section, screening_section, test_scores, tests_section
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -37,11 +37,43 @@ COLUMNS = {
     "mass_outside_set": "mass outside A_p",
 }
 
+INTRODUCTION = """# Results
+
+Numbers are read from the JSON file named above them, those of setups that experiments share from
+`benchmarks/results/experiments/e1.json`, costs and sizes from `times.json` there. What the rows' names mean, what is
+shared and what was chosen on which data: [experiments.md](experiments.md). What follows from it: [LOG.md](LOG.md).
+
+*The default* on this page is that of the experiments, `bellman_distill, sampled, off-support weight 3, references`:
+`iq_learn` with α = ∞, the sampled first-order term, p = 0.5 and an off-support weight of 3 on people's answers that the
+teacher scored. Nothing in it is temporal, and it is not the library's default, which has the expected first-order term
+and weight 1.
+`bellman_distill` in a row's name stands for `iq_learn` with α = ∞ at p = 0.5 unless it names another.
+"""
+
 
 def page() -> str:
-    """The whole page."""
+    """The whole page: what users ask first, then what it rests on."""
+    runs = RESULTS / "experiments"
+    tests, exposure, batches = runs / "tests.json", runs / "exposure.json", RESULTS / "batches.json"
     demo = RESULTS / "demo.json"
-    parts = [results_page([demo] if demo.is_file() else [])]
+    parts = [INTRODUCTION]
+    if tests.is_file():
+        parts += [tests_section(tests), paper_section(runs / "paper.json", tests)]
+    if (runs / "decoding.json").is_file():
+        parts.append(decoding.section(runs / "decoding.json"))
+    if exposure.is_file():
+        parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
+    if made := [runs / f"{name}.json" for name in EXPERIMENTS if (runs / f"{name}.json").is_file()]:
+        parts += [screening_section(), *map(experiment_section, made)]
+    if (runs / "sparsity.json").is_file():
+        parts.append(_sparsity(runs / "sparsity.json"))
+    parts += [
+        comparison_section(path)
+        for scale in ("tiny", "real")
+        if (path := RESULTS / f"objectives_{scale}.json").is_file()
+    ]
+    if demo.is_file():
+        parts.append(results_section(demo))
     parts.append(
         _section(
             "Start",
@@ -51,32 +83,13 @@ def page() -> str:
             "Before any training, dev split.",
         )
     )
-    for scale in ("tiny", "real"):
-        path = RESULTS / f"objectives_{scale}.json"
-        if path.is_file():
-            parts.append(comparison_section(path))
-    if (RESULTS / "experiments" / "sparsity.json").is_file():
-        parts.append(_sparsity(RESULTS / "experiments" / "sparsity.json"))
-    for name in EXPERIMENTS:
-        path = RESULTS / "experiments" / f"{name}.json"
-        if path.is_file():
-            parts.append(experiment_section(path))
-    tests = RESULTS / "experiments" / "tests.json"
-    if tests.is_file():
-        parts += [tests_section(tests), paper_section(RESULTS / "experiments" / "paper.json", tests)]
-    exposure = RESULTS / "experiments" / "exposure.json"
-    if exposure.is_file():
-        parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
-    if (RESULTS / "experiments" / "decoding.json").is_file():
-        parts.append(decoding.section(RESULTS / "experiments" / "decoding.json"))
-    batches = RESULTS / "batches.json"
     if batches.is_file():
         facts = json.loads(batches.read_text())
         sizes = ", ".join(map(str, facts["batch_sizes"]))
         parts.append(
             f"## Batch size and answers\n\nFrom `{batches}`, which `tdistill check batches recipes/demo.yaml --json` "
-            f"makes again.\n\nOf {facts['num_answers']} answers, {facts['changed_share']:.1%} are not the same at "
-            f"batch sizes {sizes}: sums of floats depend on the shape of a batch.\n"
+            f"makes again. Sums of floats may depend on the shape of a batch.\n\nOf {facts['num_answers']} answers, "
+            f"{facts['changed_share']:.1%} are not the same at batch sizes {sizes}.\n"
         )
     parts.append(_not_run())
     return "\n".join(parts)
@@ -113,14 +126,15 @@ def _sparsity(path: Path) -> str:
     study = json.loads(path.read_text())
     rows = [
         [f"{r['p']:g}", f"{r['size']['mean']:.1f}", f"{r['size']['median']:g}", f"{r['covered_mass']['mean']:.3f}",
-         f"{r['q_loss_nats']['median']:.1f}"]
+         f"{r['cut_share']:.1%}", f"{r['q_loss_nats']['median']:.1f}"]
         for r in study["by_p"]
     ]  # fmt: skip
-    head = ["p", "mean actions in A_p", "median", "covered mass", "loss of value, median, nats"]
+    head = ["p", "mean actions in A_p", "median", "covered mass", "sets cut", "loss of value, median, nats"]
     return (
         f"## Sparsity of the teacher\n\nFrom `{path}`, which `tdistill check sparsity "
         f"runs/experiments/claims/base/run/store/train --json` prints: {study['num_states']:,} states of the main "
-        f"table's store.\n\n{table(head, rows)}\n![Sparsity]({FIGURES.name}/sparsity.svg)\n"
+        f"table's store. Sets hold at most {study['cap']} tokens; those cut there have less than "
+        f"p.\n\n{table(head, rows)}\n![Sparsity]({FIGURES.name}/sparsity.svg)\n"
     )
 
 
@@ -130,7 +144,7 @@ def _sparsity_figure(path: Path) -> str:
 
 FIGURE_SOURCES = {
     "cost.svg": ("e8.json", partial(cost_figure, with_capture=False)),
-    "cost-with-capture.svg": ("e8.json", partial(cost_figure, with_capture=True)),
+    "cost-with-scores.svg": ("e8.json", partial(cost_figure, with_capture=True)),
     "sparsity.svg": ("sparsity.json", _sparsity_figure),
     "exposure.svg": ("exposure.json", prefixes.chart),
 }

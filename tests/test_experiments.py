@@ -218,7 +218,7 @@ def test_what_comes_before_the_first_step_is_in_its_time(modules, tmp_path):
     assert len(times.marks) == 3 and times.marks[1] - times.marks[0] >= 0.3
 
 
-def test_a_row_of_one_training_is_neither_the_best_nor_separated(modules):
+def test_a_row_of_one_training_is_not_compared_with_the_best(modules):
     from tdistill.resampling import Measured, resample
 
     def row(*trainings: float) -> Measured:
@@ -231,7 +231,9 @@ def test_a_row_of_one_training_is_neither_the_best_nor_separated(modules):
         draws = dict(zip(chosen, resample(list(chosen.values()), 0), strict=True))
         return modules.tables._marks(chosen, draws, more=True)
 
-    assert marks(tuple(values)) == {"best": "**{}**", "one": "≈ {}", "near": "≈ {}"}
+    assert marks(tuple(values)) == {"best": "**{}**", "one": "{}¹", "near": "≈ {}"}
+    values["other"] = row(0.2)
+    assert marks(("start", "one", "other")) == {"one": "**{}**¹", "other": "{}¹"}
     assert marks(("start", "one")) == {}
 
 
@@ -240,15 +242,18 @@ def test_what_a_score_costs_is_the_cheapest_row_of_the_default_separated_above_a
     write_times(plan, 2.0, minillm=8.0, gkd=4.0, seqkd=4.0)
     monkeypatch.setattr(tables, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5, "gkd": 3e-4, "seqkd": 3e-4})
 
-    def row(method: str, steps: int, *scores: float) -> dict[str, Any]:
-        return {"method": method, "seed": 0, "steps": steps, "screening": {"rouge_l": [list(scores) * 4]}}
+    def trained(method: str, steps: int, *scores: float) -> dict[str, Any]:
+        return {"method": method, "steps": steps, "screening": {"rouge_l": [list(scores) * 4]}}
+
+    def row(*args: Any) -> list[dict[str, Any]]:
+        return [trained(*args)] * 2
 
     path = plan.RESULTS / "times.json"
     scored = {"scored": {"response_tokens": 1, "seconds": 1.0, "all_response_tokens": 60}}
     path.write_text(json.dumps(json.loads(path.read_text()) | scored))
     ours, others = f"{plan.OURS}, learning rate 0.0003", "learning rate 5e-05, cost"
     rows = [
-        row("start", 0, 0.12, 0.12),
+        [trained("start", 0, 0.12, 0.12)],
         row(f"{ours}, cost 0.5", 40, 0.14, 0.14),
         row(ours, 80, 0.16, 0.16),
         row(f"minillm, {others} 1", 20, 0.11, 0.11),
@@ -258,19 +263,24 @@ def test_what_a_score_costs_is_the_cheapest_row_of_the_default_separated_above_a
         row("gkd, learning rate 0.001, search", 80, 0.18, 0.18),  # not at the chosen rate
         row("seqkd, learning rate 0.0003, cost 1", 40, 0.0, 0.26),  # 0.13: below the cheaper, not separated from either
         row("seqkd, learning rate 0.0003, search", 30, 0.12, 0.12),
+        [trained("minillm, learning rate 5e-05, cost 4", 80, 0.1, 0.1)],  # one training
     ]
 
     def cells() -> dict[str, list[str]]:
-        lines = [line.strip("| ").split(" | ") for line in tables._reach(rows)[2].splitlines()[2:]]
+        flat = [trained for of in rows for trained in of]
+        lines = [line.strip("| ").split(" | ") for line in tables._reach(flat)[2].splitlines()[2:]]
         return {line[0]: line[1:] for line in lines}
 
     assert list(cells()) == ["gkd", "seqkd", "minillm"]  # the better first
-    assert cells()["gkd"] == ["160, 320", "0.1700", "none", "–", "–", "–"]
-    assert cells()["seqkd"] == ["120, 160", "0.1300", "none", "–", "–", "–"]
+    assert cells()["gkd"] == ["160, 320", "0.1700", "+0.0500 [+0.0500, +0.0500]", "none", "–", "–", "–"]
+    assert cells()["seqkd"][:2] == ["120, 160", "0.1300"] and cells()["seqkd"][3:] == ["none", "–", "–", "–"]
     # With capture: 60 s of scores at the cheaper.
-    assert cells()["minillm"] == ["160, 320", "0.1100", "80", "+0.0300 [+0.0300, +0.0300]", "4.0", "2.3"]
-    rows[-2] = row("seqkd, learning rate 0.0003, cost 1", 40, 0.149, 0.151)  # between the two
-    assert [cells()["seqkd"][i] for i in (2, 4, 5)] == ["160", "1.0", "0.7"]
+    assert cells()["minillm"] == [
+        *("160, 320", "0.1100", "-0.0100 [-0.0100, -0.0100]"),
+        *("80", "+0.0300 [+0.0300, +0.0300]", "4.0", "2.3"),
+    ]
+    rows[-3] = row("seqkd, learning rate 0.0003, cost 1", 40, 0.149, 0.151)  # between the two
+    assert [cells()["seqkd"][i] for i in (3, 5, 6)] == ["160", "1.0", "0.7"]
 
 
 def test_setups_that_differ_in_the_student_alone_share_the_teachers_row_and_its_scores(modules):
@@ -300,12 +310,8 @@ def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
     paper = ROOT / "benchmarks" / "results" / "experiments" / "paper.json"
     lines = modules.tables.paper_section(paper, tmp_path / "tests.json").splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ") for line in lines if line.startswith("|")}
-    assert cells["Bellman Distill; here iq_learn on scored references"][1:] == [
-        "24.7 / 13.3 / 16.2",
-        "25.1 / 11.4 / 14.8",
-        "27.8 / 19.5 / 20.7",
-        "21.0 / 21.0 / 21.0",
-    ]
+    assert cells["Bellman Distill"][1:] == ["24.7 / 13.3 / 16.2", "25.1 / 11.4 / 14.8", "27.8 / 19.5 / 20.7", "–"]
+    assert cells["iq_learn on scored references, not in the paper"][1:] == ["–", "–", "–", "21.0 / 21.0 / 21.0"]
     assert cells["SeqKD"][-1] == "11.0 / 11.0 / 11.0" and cells["MiniLLM"][-1] == "–"
 
 

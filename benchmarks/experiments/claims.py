@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from setups import COMMON, SPLITS, Setup
 
-from tdistill.config import Recipe
+from tdistill.config import CaptureConfig, Recipe
 
 # Prompts of at most so many GPT-2 tokens, so that a step is not mostly prompt.
 MAX_PROMPT_TOKENS = 128
@@ -55,6 +55,17 @@ class Claims:
         """Whether the teacher and what it is screened with are those of another setup: students and training differ."""
         training = ("name", "layers", "answers_per_prompt", "num_train", "train")
         return replace(self, **{field: getattr(other, field) for field in training}) == other
+
+    def facts(self) -> dict[str, str]:
+        """What stands above the tables."""
+        short = f", at most {MAX_PROMPT_TOKENS} GPT-2 tokens" if "dolly" in self.train else ""
+        return {
+            "teacher": TEACHER + (", fine-tuned on references" if self.fine_tuned else ""),
+            "student": f"{self.layers} of its layers",
+            "prompts": f"{self.num_train} of {self.train}{short}",
+            "answers": f"{self.answers_per_prompt} to a prompt, at most {MAX_NEW_TOKENS} tokens, sampled from sets of "
+            f"mass {self.p_max:g} and at most {CaptureConfig().max_actions} tokens",
+        }
 
 
 # All layers of the teacher, scored and healed on people's answers: a teacher fine-tuned as in the paper, for one epoch.
@@ -118,11 +129,7 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
         seeds=(0, 1, 2),
         reference_texts=True,
         same_answers=work / "claims" / "base" / "run" if replace(what, name="base", layers=15) == Claims() else None,
-        facts={"teacher": TEACHER + (", fine-tuned on references" if fine_tuned else ""),
-               "student": f"{what.layers} of its layers",
-               "prompts": f"{what.num_train} of {what.train}"
-               + (f", at most {MAX_PROMPT_TOKENS} GPT-2 tokens" if "dolly" in what.train else ""),
-               "answers": f"at most {MAX_NEW_TOKENS} tokens, {what.answers_per_prompt} to a prompt"},
+        facts=what.facts(),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from claims import STEP_TOKENS, Claims
+from claims import FINE_TUNED, STEP_TOKENS, Claims
 from variants import CLONING, INF, MINILLM, iq
 
 RESULTS = Path(__file__).parent.parent / "results" / "experiments"
@@ -292,10 +292,14 @@ class Experiment:
     Attributes:
         title: of its section.
         groups: what is captured and pruned → name → method.
+        about: what is asked, and what its tables have beside that.
+        base: rows of the main table that stand beside its own → their names there.
     """
 
     title: str
     groups: dict[Claims, dict[str, Method]]
+    about: str = ""
+    base: dict[str, str] = field(default_factory=dict)
 
     def methods(self) -> set[str]:
         """Names of the methods of all groups."""
@@ -303,24 +307,33 @@ class Experiment:
 
 
 BASE = Claims()
+_SIZES = (OURS, "sft on references", "seqkd", "forward_kl")
+_TWO_TEACHERS = (FIRST, *_SIZES)
 EXPERIMENTS: dict[str, Experiment] = {
     "e1": Experiment("Main table, equal response tokens", {BASE: main_table()}),
-    "e8": Experiment("Equal cost, and what a score costs", {BASE: searched() | at_equal_cost()}),
+    "e8": Experiment(
+        "Equal cost, and what a score costs",
+        {BASE: searched() | at_equal_cost()},
+        "Cost 1 is what 80 steps of the default cost; costs 2 to 0.125 are shares of it. Rows without a cost are those "
+        'of equal response tokens, "search" those that learning rates were chosen by.',
+    ),
     "e2": Experiment(
-        "p",
+        "Choice of p",
         {
             replace(BASE, name="p-0.5", p_max=0.5): ours_with({"p 0.5": {"p": 0.5}}),
             replace(BASE, name="p-0.95", p_max=0.95): ours_with(
                 {f"p {p:g}": {"p": p} for p in (0.5, 0.8, 0.95)} | {"10 nats": {"p": None, "p_budget_nats": 10.0}}
             ),
         },
+        "The teacher's answers are sampled from sets of mass 0.5, 0.8 (main table) and 0.95, and the start is healed "
+        "on them; the rows are trained at p of at most that, or at the p that a loss of 10 nats of value allows. p = 1 "
+        "is not among them: with all tokens in the set the objective is that of forward KL, which the main table has.",
+        {at_rate(FIRST, CHOSEN[FIRST])[0]: f"{FIRST}, p 0.5", f"{FIRST}, p 0.8": f"{FIRST}, p 0.8"},
     ),
     "e5": Experiment(
         "Size of the student",
-        dict.fromkeys(
-            [replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)],
-            chosen(OURS, "sft on references", "seqkd", "forward_kl"),
-        ),
+        dict.fromkeys([replace(BASE, name=f"layers-{n}", layers=n) for n in (10, 20)], chosen(*_SIZES)),
+        base={at_rate(name, CHOSEN[name])[0]: name for name in _SIZES},
     ),
     "e6": Experiment(
         "Answers to a prompt",
@@ -329,22 +342,23 @@ EXPERIMENTS: dict[str, Experiment] = {
             [replace(BASE, name=f"answers-{n}", num_train=250, answers_per_prompt=n) for n in (1, 2, 4)],
             chosen(FIRST, "seqkd"),
         ),
+        "250 prompts in place of 1,000, so that the training sees all answers.",
     ),
     "e9": Experiment(
         "GSM8K prompts",
         {
             replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl", dev="train/gsm8k_train.jsonl"): chosen(
-                FIRST, OURS, "sft on references", "seqkd", "forward_kl"
+                *_TWO_TEACHERS
             )
         },
+        "Other prompts, at the learning rates chosen on Dolly. References are whole solutions, of which an answer of "
+        "64 tokens is a part; what is measured is Rouge-L, not whether the result is right.",
     ),
     "e10": Experiment(
         "A teacher fine-tuned on references",
-        {
-            replace(BASE, name="fine-tuned", fine_tuned=True): chosen(
-                FIRST, OURS, "sft on references", "seqkd", "forward_kl"
-            )
-        },
+        {replace(BASE, name="fine-tuned", fine_tuned=True): chosen(*_TWO_TEACHERS)},
+        f"As in the paper, the teacher was fine-tuned first: SFT for {FINE_TUNED.healing_steps} steps on the "
+        f"references of {FINE_TUNED.num_train:,} prompts of dolly_train, the students' training prompts among them.",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from plan import (
     FROZEN,
     METHODS,
     OURS,
+    RESULTS,
     START_OF_TESTS,
     STEPS,
     asked_s,
@@ -46,15 +48,41 @@ _SHOWN = {
     FIRST: "iq_learn, expected, on answers",
     "start": "start, common to all",
 }
+# Setup of the rows that are taken from the main table.
+_BASE_SHOWN = "main table's setup"
 _Rows = list[dict[str, Any]]
+
+
+def screening_section() -> str:
+    """What all tables of the screening prompts share."""
+    parts = [
+        "## Tables of the screening prompts",
+        "",
+        "The sections from here to the Sparsity section share this. All methods of a setup go on from one healed "
+        "start (SFT on the teacher's answers). 200 screening prompts of the dev file are answered with two sampling "
+        "seeds at temperature 1, top-p 0.8. Rouge-L to the teacher, KL and loss are measured on the answers of the "
+        "setup's teacher to these prompts, so they compare within a table, as another setup has other answers.",
+        "",
+        "Intervals: 95 %, bootstrap over prompts and, where there are several, training seeds; over two or three "
+        "trainings they are a rough guide. Differences are paired by prompt. Bold: the best of a column, of the rows "
+        "with more than one training seed if there are any; ≈: a row with several seeds that is not separated from "
+        "it. ¹: one training seed, which does not say how far another training would be, so that the row is not "
+        "compared with the best; its differences are those of one training. The experiments' default and the learning "
+        "rates were chosen by Rouge-L on these prompts, so their scores look better here than on others, and nothing "
+        "corrects for the number of rows.",
+        "",
+    ]
+    return "\n".join(parts + _sizes())
 
 
 def experiment_section(path: Path) -> str:
     """The section of one experiment."""
     content = json.loads(path.read_text())
-    name, facts = content["experiment"], content["facts"]
-    experiment, second = EXPERIMENTS[name], content["second_phase"]
-    shared = {key: value for key, value in facts.items() if len(experiment.groups) == 1 or key == "teacher"}
+    name, second = content["experiment"], content["second_phase"]
+    experiment = EXPERIMENTS[name]
+    facts = {what.name: what.facts() for what in experiment.groups}
+    first = next(iter(facts.values()))
+    same = {key: value for key, value in first.items() if all(of[key] == value for of in facts.values())}
     length = f"{second['max_steps']} steps" if name != "e8" else "the steps of its row"
     rate = "the learning rate chosen for it"
     if name == "e1":
@@ -62,38 +90,36 @@ def experiment_section(path: Path) -> str:
     parts = [
         f"## {experiment.title}",
         "",
+        *([experiment.about, ""] if experiment.about else []),
         f"From `{path}`, which `python benchmarks/experiments {name}` makes again and goes on with. "
-        f"{'; '.join(f'{key}: {value}' for key, value in shared.items())}. One healed start for all of a setup "
-        f"({content['first_phase']['max_steps']} steps of SFT on the teacher's answers); every method goes on from it "
-        f"for {length} of {second['response_tokens_per_batch']} response tokens, at {rate}. 200 "
-        f"screening prompts of the dev file, sampling seeds {', '.join(map(str, content['screening_seeds']))}, "
-        'temperature 1, top-p 0.8 (a smaller one changes how far apart they are: "Smaller sets at decoding"). '
-        "Intervals: 95 %, bootstrap over prompts and training seeds where there are several; differences are paired by "
-        "prompt. Bold: the best of a "
-        "column, of the rows with more than one training seed if there are any; ≈: not separated from it, as its "
-        "difference has an interval that includes 0, or it has one training seed, which does not say how far another "
-        "training would be.",
+        f"{_told(same)}. The start is healed for {content['first_phase']['max_steps']} steps; every method goes on "
+        f"for {length} of {second['response_tokens_per_batch']} response tokens, at {rate}.",
         "",
-        *_sizes(),
     ]
-    setups = list(dict.fromkeys(row["setup"] for row in content["rows"]))
-    base = [] if name == "e1" else chosen_rows(path.with_name("e1.json"), EXPERIMENTS[name].methods())
-    content["rows"] += teacher_rows(path.with_name("e1.json"), content["rows"], list(experiment.groups))
+    main = path.with_name("e1.json")
+    rows = content["rows"] + teacher_rows(main, content["rows"], list(experiment.groups))
     if name == "e8":
-        content["rows"], base = cost_rows(path), []
-    for rows in [*([row for row in content["rows"] if row["setup"] == setup] for setup in setups), base]:
-        if rows and len({row["setup"] for row in [*content["rows"], *base]}) > 1:
-            parts += [f"### {rows[0]['setup']}", ""]
-        if rows:
-            parts += [_table(rows, _costs if name == "e8" else None), ""]
+        rows = cost_rows(path)
+    rows += [row | {"setup": _BASE_SHOWN} for row in base_rows(main, experiment.base)]
+    facts[_BASE_SHOWN] = BASE.facts()
+    setups = list(dict.fromkeys(row["setup"] for row in rows))
+    for setup in setups:
+        if len(setups) > 1:
+            own = {key: value for key, value in facts[setup].items() if key not in same}
+            parts += [f"### {setup}", "", *([f"{_told(own)}.", ""] if own else [])]
+        parts += [_table([row for row in rows if row["setup"] == setup], _costs if name == "e8" else None), ""]
     if name == "e8":
         parts += [
             "![Scores over cost](figures/cost.svg)",
-            "![The same with capture](figures/cost-with-capture.svg)",
+            "![The same with the scores of references](figures/cost-with-scores.svg)",
             "",
         ]
-        parts += _reach(content["rows"])
+        parts += _reach(rows)
     return "\n".join(parts)
+
+
+def _told(facts: dict[str, str]) -> str:
+    return "; ".join(f"{key}: {value}" for key, value in facts.items())
 
 
 def _sizes() -> list[str]:
@@ -105,15 +131,14 @@ def _sizes() -> list[str]:
         f"and decodes {of['decode_tokens_per_s']:.1f} tokens/s, one answer at a time"
         for name, of in models.items()
     ]
-    return [f"At the base's setup, two CPU cores: {'; '.join(shown)}.", ""]
+    return [f"With 15 layers, on two CPU cores (`{RESULTS / 'times.json'}`): {'; '.join(shown)}.", ""]
 
 
-def chosen_rows(path: Path, methods: set[str]) -> _Rows:
-    """Rows of the main table at the chosen rates, under the names of their methods, and the untrained ones."""
-    plain = {at_rate(name, rate)[0]: name for name, rate in CHOSEN.items() if name in methods}
-    plain |= {name: name for name in _UNTRAINED}
-    found = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return [row | {"method": plain[row["method"]]} for row in found if row["method"] in plain]
+def base_rows(path: Path, shown: Mapping[str, str]) -> _Rows:
+    """Rows of the main table under the names that another experiment has for them, with start and teacher."""
+    names = {**shown, "start": "start", "teacher": "teacher"} if shown else {}
+    found = json.loads(path.read_text())["rows"] if names and path.is_file() else []
+    return [row | {"method": names[row["method"]]} for row in found if row["method"] in names]
 
 
 def teacher_rows(path: Path, rows: _Rows, setups: list[Claims]) -> _Rows:
@@ -158,13 +183,17 @@ def cost_figure(path: Path, with_capture: bool) -> str:
 
 
 def _reach(rows: _Rows) -> list[str]:
-    """The default's cheapest row that is separated above all of another method's, beside the dearest of those."""
-    methods = _by_method(rows)
+    """The default's cheapest row that is separated above all of another method's, beside the dearest of those.
+
+    Rows with one training are left out: nothing says how far another training would be.
+    """
+    methods = {name: mine for name, mine in _by_method(rows).items() if len(mine) > 1 or name == "start"}
     found: dict[str, list[str]] = {}
     for row in methods:
         if (name := _at_chosen_rate(row)) is not None:
             found.setdefault(name, []).append(row)
-    values = {row: measured(methods[row], "rouge_l") for of in found.values() for row in of}
+    compared = ["start", *(row for of in found.values() for row in of)]
+    values = {row: measured(methods[row], "rouge_l") for row in compared}
     draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
 
     def above(own: str, other: str) -> Interval:
@@ -172,14 +201,15 @@ def _reach(rows: _Rows) -> list[str]:
 
     ours = sorted(found.pop(OURS, []), key=lambda row: _seconds(methods[row][0]))
     lines = [
-        ["", "costs tried, s", "best Rouge-L", "cost of the default above it, s", "by", "dearest / this cost",
-         "with capture"],
-        ["---"] + ["---:"] * 6,
+        ["", "costs tried, s", "best Rouge-L", "less the start's", "cost of the default above it, s", "by",
+         "dearest / this cost", "with scores of references"],
+        ["---"] + ["---:"] * 7,
     ]  # fmt: skip
     best = {name: max(of, key=lambda row: values[row].value) for name, of in found.items()}
     for name, row in sorted(best.items(), key=lambda item: -values[item[1]].value):
         tried = sorted({_seconds(methods[each][0]) for each in found[name]})
         cells = [name, ", ".join(f"{cost:.0f}" for cost in tried), f"{values[row].value:.4f}"]
+        cells.append(with_interval(above(row, "start"), "+"))
         separated = [own for own in ours if all((above(own, other).low or 0.0) > 0.0 for other in found[name])]
         if not separated:
             lines.append([*cells, "none", "–", "–", "–"])
@@ -191,10 +221,12 @@ def _reach(rows: _Rows) -> list[str]:
     if len(lines) == 2:
         return []
     return [
-        f"What a score costs, all rows above at the chosen rates: the cheapest row of {OURS} that is separated above "
-        "every row of another method, by how much above its best, and how many times its cost the dearest of the other "
-        "method's rows is, none of which has that score. The ratio says how far the other method was tried, not that "
-        "it never has the score at another cost. With capture: the scores that the steps read are added.",
+        "What a score costs, of the rows above at the chosen rates with more than one training: the cheapest row of "
+        "the default that is separated above every row of another method, by how much above its best, and how many "
+        "times its cost the dearest of the other method's rows is, none of which has that score. The ratio says how "
+        "far the other method was tried, not that it never has the score at another cost; where a method is not above "
+        "the start, which costs nothing here, it says no more than that. With scores of references: those that the "
+        "steps read are added.",
         "",
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
         "",
@@ -269,7 +301,7 @@ def _test_lines(looks: _Rows) -> list[list[str]]:
     points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
     drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
     ours = next(method for method in methods if method.startswith(OURS))
-    less = [f"{name} less that of {OURS}" for name in [*sets, "mean"]]
+    less = [f"{name} less the default's" for name in [*sets, "mean"]]
     lines = [["", "seeds", *sets, "mean", *less, "share of the teacher's"]]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for method in sorted(methods, key=lambda method: -points[method].mean()):
@@ -296,16 +328,18 @@ def paper_section(path: Path, tests: Path) -> str:
     paper = json.loads(path.read_text())
     rows = looks_complete(json.loads(tests.read_text())["rows"])
     lines = [["", *paper["pairs"], "here, 135M to 81M"], ["---"] + ["---:"] * (len(paper["pairs"]) + 1)]
-    for row in paper["rows"]:
-        is_papers = row["method"] == "bellman_distill"
-        here = OURS if is_papers else row["method"]
+
+    def here(method: str) -> str:
         scores = [
-            [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{here}, learning")]
+            [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{method}, learning")]
             for name in paper["sets"]
         ]
-        shown = " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
-        name = f"{row['name']}; here {_SHOWN[OURS]}" if is_papers else row["name"]
-        lines.append([name, *(" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]), shown])
+        return " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
+
+    for row in paper["rows"]:
+        cells = [" / ".join(f"{v:.1f}" for v in of) for of in row["rouge_l"]]
+        lines.append([row["name"], *cells, "–" if row["method"] == "bellman_distill" else here(row["method"])])
+    lines.append([f"{_SHOWN[OURS]}, not in the paper", *["–"] * len(paper["pairs"]), here(OURS)])
     return "\n".join(
         [
             "## Beside the paper's figures",
@@ -314,9 +348,9 @@ def paper_section(path: Path, tests: Path) -> str:
             f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
-            "Alpaca's; and where the paper has Bellman Distill on the teacher's answers, here stands the default of "
-            "iq_learn (α = ∞, in which nothing is temporal) on people's answers scored by the teacher. "
-            "Compare the order of a column's rows, not the numbers of two columns.",
+            "Alpaca's. Bellman Distill with a temporal part did not meet the test sets: on dev data it was no better "
+            'than its twin without ("Objectives compared"). The last row is iq_learn with alpha = inf, in which '
+            "nothing is temporal, on answers of people that the teacher scored. Columns do not compare.",
             "",
             "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
             "",
@@ -363,8 +397,8 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     ours = _best_of_ours(methods)
     values = {metric: {name: measured(mine, metric) for name, mine in methods.items()} for metric in _METRICS}
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
-    against = f"Rouge-L less that of {ours}" if ours else "difference"
-    extra = ["steps", "cost, s", "with capture, s"] if costs else []
+    against = "Rouge-L less that of " + ("the default" if ours and ours.startswith(OURS) else str(ours))
+    extra = ["steps", "cost, s", "with scores of references, s"] if costs else []
     head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against, "share of the teacher's Rouge-L",
             *(title for title, _ in _ANSWERS.values())]  # fmt: skip
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
@@ -397,10 +431,10 @@ def _of_answers(rows: _Rows, key: str, form: str) -> str:
 
 
 def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool) -> dict[str, str]:
-    """Formats of the best student of a column and of those that are not separated from it.
+    """Formats of the best student of a column, of those that are not separated from it, and of those trained once.
 
     No interval says how far another training of a row with one training seed would be, so the best is one with more if
-    there is any, and a row with one is never separated.
+    there is any, and a row with one is not compared with it.
     """
     students = {name: value.value for name, value in values.items() if name not in _UNTRAINED}
     if len(students) < 2:
@@ -410,10 +444,10 @@ def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool
     marks = {best: "**{}**"}
     for name in students.keys() - {best}:
         gap = percentile_interval(students[name] - students[best], draws[name] - draws[best], _LEVEL)
-        one_training = name not in seeded or len(values[best].sums_RPS) == 1
-        if one_training or (gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high):
+        if len(values[name].sums_RPS) > 1 and gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
             marks[name] = "≈ {}"
-    return marks
+    one_training = [name for name in students if len(values[name].sums_RPS) == 1]
+    return marks | {name: marks.get(name, "{}") + "¹" for name in one_training}
 
 
 def _best_of_ours(methods: dict[str, _Rows]) -> str | None:

@@ -53,7 +53,8 @@ def comparison_section(path: Path) -> str:
             f"{'start and ' if scale == 'tiny' else ''}SFT phase ({first['max_steps']} steps) and order of batches; "
             f"all of its variants go on from there for {second['max_steps']} steps of "
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
-            "unless the row names another. Means over seeds with 95 % intervals (Student's t) where there are several; "
+            f"and {f'p = {p:g}' if (p := second.get('p')) else 'the p of the store'}, unless the row names another. "
+            "Means over seeds with 95 % intervals (Student's t) where there are several; "
             "the differences are paired by seed, so read a row of one seed by them. Held-out prompts unless a column "
             "says dev; divergences and losses in nats per token. Off-support control asks for the teacher's own mass "
             "on the sets (`off_support_target: teacher`).",
@@ -70,7 +71,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
     rows = [row for row in content["rows"] if row["variant"] != "before"]
     columns = [name for name in COLUMNS if name in rows[0]["held_out"]]
     head = ["", "seeds", "dev: KL, set and tail", *(COLUMNS[name] for name in columns), "less the first row's: dev"]
-    head += ["KL(teacher‖student)", "s per step"]
+    step_s = content.get("step_s", {})  # of a quiet machine alone
+    head += ["KL(teacher‖student)", *(["s per step"] if step_s else [])]
     parts = []
     for title, names in QUESTIONS[content["scale"]].items():
         found = {name: _by_seed(rows, name) for name in names}
@@ -82,9 +84,8 @@ def comparison_tables(content: dict[str, Any]) -> str:
             cells = [_shown(np.array([_dev_kl(row) for row in mine.values()]))]
             cells += [_shown(np.array([row["held_out"][key] for row in mine.values()])) for key in columns]
             gaps = ["–", "–"] if name == names[0] else [_gap(mine, first, kl) for kl in (_dev_kl, _kl)]
-            seconds = content.get("step_s", {}).get(name)  # of a quiet machine alone
-            step = "–" if seconds is None else f"{seconds:.2f}"
-            lines.append("| " + " | ".join([name, str(len(mine)), *cells, *gaps, step]) + " |")
+            step = [f"{step_s[name]:.2f}" if name in step_s else "–"] if step_s else []
+            lines.append("| " + " | ".join([name, str(len(mine)), *cells, *gaps, *step]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

@@ -8,9 +8,13 @@ from synthetic_run import make_results, record, write_run
 
 from tdistill.errors import DataFileError
 from tdistill.reports.load import Results, load_run
-from tdistill.reports.tables import markdown_table, results_page, terminal_table
+from tdistill.reports.tables import markdown_table, results_section, terminal_table
 
-FIDELITY = """\
+BOLD = (
+    "Bold: the best student, separated from every other student (by their paired difference where it is measured, else "
+    "by intervals that do not overlap)."
+)
+FIDELITY = f"""\
 | | KL(teacher‖student) (nats/token) | Top-1 agreement (%) | Gap closed (%) |
 |---|---:|---:|---:|
 | start | 5.00 [4.60, 5.40] | 10.0 [8.0, 12.0] | – |
@@ -19,7 +23,7 @@ FIDELITY = """\
 | sft_continued (control) | 1.10 [1.00, 1.20] | 60.0 [58.0, 62.0] | – |
 
 Distance from the teacher; held_out split; 48 items; brackets are 95 % intervals. \
-Bold: the best student, separated from every other student.
+{BOLD}
 """
 
 SIZE = """\
@@ -56,27 +60,22 @@ def test_terminal_table_fits_its_width_and_loses_no_number(run_folder: Path) -> 
     assert "bd is closer to the teacher" in text
 
 
-def test_results_page_puts_the_demo_first_and_names_file_and_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_section_names_file_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     other = {**make_results(), "name": "big", "command": "tdistill run recipes/bd.yaml seed=3"}
     write_run(tmp_path / "big", other)
     write_run(tmp_path / "demo", make_results())
-    page = results_page([Path("big/results.json"), tmp_path / "demo" / "results.json"])
-    headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == ["## demo", "## big"]
-    assert "From `demo/results.json`, which `tdistill demo` makes again." in page
-    assert "From `big/results.json`, which `tdistill run recipes/bd.yaml seed=3` makes again." in page
-    assert str(tmp_path) not in page
-    assert page.count(FIDELITY) == 2
+    demo, big = results_section(tmp_path / "demo" / "results.json"), results_section(Path("big/results.json"))
+    assert demo.startswith("## demo\n\nFrom `demo/results.json`, which `tdistill demo` makes again.")
+    assert big.startswith("## big\n\nFrom `big/results.json`, which `tdistill run recipes/bd.yaml seed=3` makes again.")
+    assert all(str(tmp_path) not in page and page.count(FIDELITY) == 1 for page in (demo, big))
 
 
-def test_results_page_names_a_bad_file(tmp_path: Path) -> None:
+def test_results_section_names_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"format": "something-else"}))
     with pytest.raises(DataFileError, match=r"results\.json: format"):
-        results_page([path])
+        results_section(path)
 
 
 def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
@@ -96,13 +95,13 @@ def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
     assert markdown_table(results, "text") == (
         "| | Perplexity per token |\n|---|---:|\n| teacher | 20.0 [18.0, 22.0] |\n| sft | 31.0 [29.0, 33.0] |\n"
         "| bd (final) | **25.0 [23.0, 27.0]** |\n\nPlain text; 7 items; brackets are 95 % intervals. "
-        "Bold: the best student, separated from every other student.\n"
+        f"{BOLD}\n"
     )
     # One column for each task, and bold in its own one only.
     assert markdown_table(results, "tasks") == (
         "| | gsm8k (%) | capitals (%) |\n|---|---:|---:|\n| sft | 25 [15, 35] | – |\n"
         "| bd (final) | **50 [40, 60]** | 75 [65, 85] |\n\nTasks; 20 items; brackets are 95 % intervals. "
-        "Bold: the best student, separated from every other student.\n"
+        f"{BOLD}\n"
     )
     assert "| bd (final) | 20.0 [15.0, 25.0] |" in markdown_table(results, "exposure")
     # None of it changes the tables that were there, or adds one where nothing was measured.

@@ -105,7 +105,10 @@ class Table:
     caption: str
     headers: tuple[str, ...]
     rows: tuple[Row, ...]
-    best_is: str = "the best student, separated from every other student"
+    best_is: str = (
+        "the best student, separated from every other student (by their paired difference where it is measured, else "
+        "by intervals that do not overlap)"
+    )
 
     @property
     def any_best(self) -> bool:
@@ -243,27 +246,23 @@ def _text_lines(table: Table, width: int) -> list[str]:
     return lines
 
 
-def results_page(results_paths: Sequence[Path]) -> str:
-    """The text of docs/results.md: one section per results file, the demo's first.
+def results_section(path: Path) -> str:
+    """The section of docs/results.md about one results file.
 
     Raises:
-        DataFileError: a file is missing or malformed.
+        DataFileError: the file is missing or malformed.
     """
-    loaded = [(path, read_results(path)) for path in results_paths]
-    loaded.sort(key=lambda pair: pair[1].name != "demo")
-    lines = ["# Results", "", "Every number on this page is read from the JSON file named above it.", ""]
-    for path, results in loaded:
-        command = results.command or (
-            "tdistill demo" if results.name == "demo" else f"tdistill run recipes/{results.name}.yaml"
-        )
-        lines += [f"## {escape_markdown(results.name)}", ""]
-        lines += [f"From `{_shown(path)}`, which `{command}` makes again.", ""]
-        lines += [f"- {name}: {escape_markdown(text)}" for name, text in facts(results)]
-        lines += ["", escape_markdown(" ".join(verdict(results))), ""]
-        for group, title in GROUP_TITLES.items():
-            table = markdown_table(results, group)
-            if table:
-                lines += [f"### {title}", "", table]
+    results = read_results(path)
+    command = results.command or (
+        "tdistill demo" if results.name == "demo" else f"tdistill run recipes/{results.name}.yaml"
+    )
+    lines = [f"## {escape_markdown(results.name)}", "", f"From `{_shown(path)}`, which `{command}` makes again.", ""]
+    lines += [f"- {name}: {escape_markdown(text)}" for name, text in facts(results)]
+    lines += ["", escape_markdown(" ".join(verdict(results))), ""]
+    for group, title in GROUP_TITLES.items():
+        table = markdown_table(results, group)
+        if table:
+            lines += [f"### {title}", "", table]
     return "\n".join(lines).rstrip() + "\n"
 
 
