@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,16 @@ from transformers import (
     Qwen3Config,
 )
 
+from tdistill import head as head_module
 from tdistill.errors import UnsupportedModelError
-from tdistill.head import OutputHead, check_head, compute_dtype, output_head
+from tdistill.head import (
+    OutputHead,
+    check_head,
+    compute_dtype,
+    float32_logits,
+    output_head,
+    takes_half_precision_only,
+)
 from tdistill.kernels.dispatch import student_statistics
 from tdistill.training.collate import PackedCollator
 
@@ -149,6 +158,53 @@ def test_a_setting_that_the_model_does_not_apply_is_noticed():
     model.config.logit_scale = 0.5  # Llama's forward ignores it
     with pytest.raises(UnsupportedModelError, match="changes its logits"):
         check_head(model)
+
+
+def test_weights_in_another_process_are_not_probed_and_those_that_are_not_in_memory_give_no_logits():
+    model = tiny_llama().to("meta")
+    check_head(model)
+    with pytest.raises(UnsupportedModelError, match="The output layer is not in memory"):
+        output_head(model).logits(torch.zeros(1, 32))
+
+
+def test_attention_that_takes_no_float32_is_probed_under_autocast(monkeypatch):
+    model, seen = tiny_llama(), []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    check_head(model)
+    monkeypatch.setattr(head_module, "takes_half_precision_only", lambda model: True)
+    check_head(model)
+    assert seen == [False, False, True, True]
+    for name, expected in {"flash_attention_2": True, "kernels-community/flash-attn2": True, "sdpa": False}.items():
+        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=name))
+        assert takes_half_precision_only(model) is expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_a_model_in_bfloat16_can_be_had_in_float32(name, autocast):
+    """Its own are rounded to bfloat16; these are products of its states and weights, capped and scaled as its own."""
+    model = tiny_model(CONFIGS[name])
+    if output_head(model).bias_V is not None:
+        nn.init.normal_(model.get_output_embeddings().bias)
+    model = model if autocast else model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden, rounded = last_hidden(model)
+        with float32_logits(model):
+            _, found = last_hidden(model)
+        assert torch.equal(last_hidden(model)[1], rounded)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, output_head(model).logits(hidden), rtol=1e-5, atol=1e-5)
+    assert 1e-4 < (found - rounded.float()).abs().max() < 0.1
+
+
+def test_a_float32_model_and_an_output_layer_that_is_not_read_keep_their_logits():
+    model = tiny_llama()
+    own = last_hidden(model)[1]
+    with float32_logits(model):
+        assert torch.equal(last_hidden(model)[1], own)
+    model.lm_head = _Doubled(model.lm_head)
+    with float32_logits(model):
+        assert torch.equal(last_hidden(model)[1], 2 * own)
 
 
 def test_head_by_hand():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdistill.errors import DomainError, ProbabilityRangeError
-from tdistill.types import ActionSets
+from tdistill.types import ActionSets, widest
 
 # First guess for the number of candidates to sort; rows that need more are sorted again, alone, 8 times wider. One more
 # than a usual cap: a row that the cap cuts is settled once the first value left out is seen to be smaller.
@@ -54,7 +54,8 @@ def top_p_sets(logits_NV: Tensor, p: float, max_actions: int | None = None, temp
         temperature: logits are divided by it first.
     Returns:
         :class:`ActionSets` of N states. ``covered_mass`` is Z(s), which is below p where the cap cut the set.
-        Masses are summed in float64; log-probabilities are computed in float32, or float64 for float64 logits.
+        Masses are summed in float64 (:func:`~tdistill.types.widest`); log-probabilities are computed in float32, or
+        float64 for float64 logits.
     Raises:
         ProbabilityRangeError: p outside (0, 1].
     """
@@ -78,7 +79,7 @@ def top_p_sets(logits_NV: Tensor, p: float, max_actions: int | None = None, temp
         values, order = torch.sort(values.gather(-1, order), dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order)
         log_probs = values - lse_N[pending, None]
-        mass = log_probs.double().exp().cumsum(-1)
+        mass = log_probs.to(widest(log_probs.device)).exp().cumsum(-1)
         size = (mass < p).sum(-1).add(1).clamp(max=cap) if p < 1.0 else torch.full_like(pending, cap)
         # Among values equal to the smallest one kept by topk, topk chose arbitrarily: such a row must be widened.
         last = size.clamp(max=width).sub(1)

@@ -526,6 +526,8 @@ class Run:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         attention = self.recipe.student.attn_implementation
+        if "flash" in attention:  # takes no float32, which students are measured in
+            attention = "sdpa"
         model: Any = load_causal_lm(folder, dtype="float32", attn_implementation=attention)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -633,8 +635,8 @@ def load_teacher(config: TeacherConfig) -> HFTeacher:
             f"teacher.model_kwargs = {config.model_kwargs} are refused: {error}. They are arguments of "
             "from_pretrained; what quantises goes into quantization_config."
         ) from error
-    # A quantised model is where it was quantised, one with a device map where that says.
-    if config.device_map is None and not getattr(teacher.model, "is_quantized", False) and torch.cuda.is_available():
+    # A model with a device map is where that says; some kinds of quantisation choose a GPU themselves.
+    if config.device_map is None and torch.cuda.is_available() and teacher.model.device.type == "cpu":
         teacher.model.to("cuda")
     return teacher
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdistill.types import ActionStats, Ends
+from tdistill.types import ActionStats, Ends, widest
 
 
 def slot_rows(offsets: Tensor, num_slots: int) -> Tensor:
@@ -143,11 +143,12 @@ def n_step_return(reward_N: Tensor, value_N: Tensor, stats: ActionStats, gamma: 
         # No sums over the rest of the episode: nothing later can round this away, and no float64 is needed.
         following_N, _ = next_value(value_N, stats)
         return torch.where(run.uses_N, reward_N + gamma * following_N, torch.zeros_like(value_N))
-    # In float64: a window is the difference of two sums over the rest of the episode.
-    reward_N, values_N = torch.where(run.uses_N, reward_N, torch.zeros_like(reward_N)).double(), value_N.double()
+    # In float64 where there is one: a window is the difference of two sums over the rest of the episode.
+    wide = widest(value_N.device)
+    reward_N, values_N = torch.where(run.uses_N, reward_N, torch.zeros_like(reward_N)).to(wide), value_N.to(wide)
     goes_on_N = run.uses_N & (stats.ends_N == Ends.NEXT)
-    whole_N = discounted_sum(reward_N, gamma * goes_on_N.double())
-    discount_N = torch.as_tensor(gamma, dtype=torch.float64, device=values_N.device) ** run.steps_N
+    whole_N = discounted_sum(reward_N, gamma * goes_on_N.to(wide))
+    discount_N = torch.as_tensor(gamma, dtype=wide, device=values_N.device) ** run.steps_N
     tail_N = torch.where(run.ends_alive_N, (values_N - whole_N)[run.end_row_N], torch.zeros_like(values_N))
     return torch.where(run.uses_N, whole_N + discount_N * tail_N, torch.zeros_like(whole_N)).to(value_N.dtype)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -165,3 +166,10 @@ class LossOutput:
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    import torch  # a store is read without it
+
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -8,6 +8,7 @@ import torch
 from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError
 from tdistill.evaluation import divergence
 from tdistill.evaluation.divergence import divergences, teacher_loss_on
+from tdistill.head import float32_logits
 
 
 def log_probs_by_hand(model, prompt, response, temperature=1.0, vocab_size=64):
@@ -39,6 +40,20 @@ def test_every_total_agrees_with_numpy(make_model, trajectories, monkeypatch, ba
         assert totals.nll_teacher[index] == pytest.approx(-sum(log_t[t, response[t]] for t in steps), rel=1e-5)
         assert totals.agreement_top1[index] == (log_t.argmax(1) == log_s.argmax(1)).sum()
         assert totals.mass_outside_set[index] == pytest.approx(sum(outside), rel=1e-4)
+
+
+def test_a_teacher_in_bfloat16_is_compared_by_logits_that_are_not_rounded(make_model, trajectories):
+    teacher, student = make_model(0).bfloat16(), make_model(1)
+    exact = divergences(teacher.float(), {"s": student}, trajectories, vocab_size=64)["s"]
+    found = divergences(teacher.bfloat16(), {"s": student}, trajectories, vocab_size=64)["s"]
+    # The states are those of bfloat16.
+    np.testing.assert_allclose(found.kl_teacher_student, exact.kl_teacher_student, rtol=0.05)
+    with float32_logits(teacher):
+        logits = teacher(torch.from_numpy(trajectories[0].prompt_ids.astype(np.int64))[None]).logits
+    log_probs = divergence._log_probs(
+        teacher, [(trajectories[0].prompt_ids, trajectories[0].response_ids)], 64, 1.0, "t"
+    )
+    torch.testing.assert_close(log_probs[0], logits[0, -1, :64].log_softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_teacher_loss_on_other_answers_agrees_with_numpy(make_model, trajectories):

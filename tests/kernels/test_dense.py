@@ -37,6 +37,21 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def test_gradients_of_a_matrix_in_bfloat16_add_up_in_float32(monkeypatch):
+    _, head, _, teacher_head = heads()
+    states, teacher_states = torch.randn(400, 8), torch.randn(400, 6)
+    weight = head.weight_VD.detach().bfloat16().requires_grad_()
+    flags = torch.zeros(400, dtype=torch.bool)
+
+    def gradient(max_elements: int) -> Tensor:
+        monkeypatch.setattr(dense, "_MAX_ELEMENTS", max_elements)
+        sums, _ = dense.dense_sums(states, OutputHead(weight), teacher_states, teacher_head, flags, ForwardKL().terms)
+        return torch.autograd.grad(sums.sum(), weight)[0]
+
+    # Chunk by chunk in bfloat16, most of the last bits would differ.
+    assert (gradient(1) != gradient(2**25)).float().mean() < 0.05
+
+
 @pytest.mark.parametrize("max_elements", [2**25, 5 * V, 1])
 @pytest.mark.parametrize(
     "changes",

@@ -471,6 +471,10 @@ def test_a_bfloat16_teacher_records_sets_of_its_own_logits(tiny_teacher_folder, 
         for row, (ids, log_probs) in enumerate(sets_of(trajectory)):
             assert np.exp(log_probs).sum() >= settings.p_max - 1e-6
             assert reference[row, ids].sum() == pytest.approx(np.exp(log_probs).sum(), abs=0.05)
+        # Not of logits that were rounded to bfloat16, of which those of neighbours are equal.
+        logits = trajectory.sets.log_probs + np.repeat(trajectory.sets.log_sum_exp, np.diff(trajectory.sets.offsets))
+        rounded = torch.from_numpy(logits).bfloat16().float().numpy()
+        assert np.mean(np.abs(logits - rounded) > 1e-4) > 0.8
 
 
 # ---- GGUF ----

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,6 +80,33 @@ def test_a_local_model_has_no_revision(folder, where):
     address = str(folder) if where == "folder" else "package:tdistill/demo"
     with pytest.raises(ConfigError, match=r"revision = 'v1', but .* is a local folder.*Leave revision out"):
         resolve_model_folder(address, revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device", "moved"), [(None, "cpu", ["cuda"]), (None, "cuda", []), ("auto", "cpu", [])]
+)
+def test_a_teacher_goes_to_the_gpu_unless_it_has_a_place(monkeypatch, device_map, device, moved):
+    """Also a quantised one: most kinds load to the CPU."""
+    model = SimpleNamespace(device=torch.device(device), is_quantized=True, to=lambda place: seen.append(place))
+    seen: list[str] = []
+    monkeypatch.setattr(HFTeacher, "from_pretrained", lambda *_, **__: SimpleNamespace(model=model))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load_teacher(TeacherConfig(model="org/teacher", device_map=device_map))
+    assert seen == moved
+
+
+def test_gguf_blocks_are_unpacked_whatever_kernels_there_are(folder, monkeypatch):
+    (folder / "some.gguf").write_bytes(b"")
+    asked: dict[str, Any] = {}
+
+    def load(folder: Path, **settings: Any) -> None:
+        asked.update(settings)
+        raise OSError("enough")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ModelNotFoundError, match="enough"):
+        load_causal_lm(folder, gguf_file="some.gguf")
+    assert asked["quantization_config"].dequantize is True
 
 
 def test_pickled_weights_are_not_read(folder):

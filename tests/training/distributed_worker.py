@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import support
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from training_support import (
     ONE_SGD_STEP,
     PARTS,
@@ -24,6 +26,7 @@ from training_support import (
     disturb_value_head,
     plain_texts,
     settings,
+    untie,
     update,
     without_clock,
 )
@@ -36,7 +39,7 @@ from tdistill.teachers.loading import load_causal_lm, load_tokenizer
 from tdistill.training.collate import STATS_FIELDS, PackedCollator
 from tdistill.training.rollouts import Rollouts, RolloutSettings
 from tdistill.training.student import add_value_head, attach_statistics
-from tdistill.training.trainer import TDistillTrainer, last_checkpoint
+from tdistill.training.trainer import TDistillTrainer, keep_statistics_exact, last_checkpoint
 from tdistill.types import ActionStats, PromptTokens
 
 torch.set_num_threads(1)
@@ -55,6 +58,25 @@ class CountCalls(TrainerCallback):
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
+
+
+def shard(model: Any, precision: str) -> Any:
+    """FSDP2 in the groups that accelerate makes; itself it runs FSDP on accelerators only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+        keep_statistics_exact(plugin)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision=precision,
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["shards"]),
+        torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shards",)),
+    )
+    return fsdp2_prepare_model(accelerator, model)
 
 
 def main(folder: Path) -> None:
@@ -131,22 +153,26 @@ def main(folder: Path) -> None:
     trainer = make("rollouts", rollouts=rounds, objective=mixture, **{**common, "max_steps": 3})
     write("rollouts", update(trainer), log=without_clock(trainer.state.log_history))
 
-    model = load_causal_lm(folder / "start", dtype="float32")
-    add_value_head(model)
-    disturb_value_head(model)
-    attach_statistics(model, support=None)
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.train()
-    inputs = PackedCollator(tokenizer.pad_token_id)([stores["train"][row] for row in PARTS[dist.get_rank()]])
-    outputs = model(**inputs)
-    stats = ActionStats(**{name: inputs[name] for name in STATS_FIELDS}, **outputs)
-    IQLearn()(stats).loss.backward()
-    sharded = sum(value.to_local().numel() for value in model.parameters())
-    gradients = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
-    write("sharded", gradients, local=sharded, total=sum(value.numel() for value in model.parameters()))
+    for precision, tied in (("no", True), ("no", False), ("bf16", True)):
+        model = load_causal_lm(folder / "start", dtype="float32")
+        if not tied:
+            untie(model)
+        add_value_head(model)
+        disturb_value_head(model)
+        attach_statistics(model, support=None)
+        model = shard(model, precision).train()
+        inputs = PackedCollator(tokenizer.pad_token_id)([stores["train"][row] for row in PARTS[dist.get_rank()]])
+        outputs = model(**inputs)
+        stats = ActionStats(**{name: inputs[name] for name in STATS_FIELDS}, **outputs)
+        IQLearn()(stats).loss.backward()
+        facts = {
+            "local": sum(value.to_local().numel() for value in model.parameters()),
+            "total": sum(value.numel() for value in model.parameters()),
+            "dtype": str(outputs["q_M"].dtype),
+            "q_M": outputs["q_M"].tolist(),
+        }
+        gradients = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
+        write(f"sharded-{precision}-{tied}", gradients, **facts)
     dist.barrier()
     dist.destroy_process_group()
 

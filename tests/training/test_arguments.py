@@ -27,7 +27,10 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Lets the arguments believe in a GPU, with bf16 or without."""
 
     def say(supported: bool) -> None:
-        cuda = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda: supported)
+        cuda = SimpleNamespace(
+            is_available=lambda: True,
+            is_bf16_supported=lambda including_emulation: supported and not including_emulation,
+        )
         monkeypatch.setattr(arguments, "torch", SimpleNamespace(cuda=cuda))
         monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: supported)
 
@@ -49,6 +52,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 def test_bf16_is_chosen_only_where_it_is_left_open(tmp_path, on_gpu, given, supported, expected):
     on_gpu(supported)
     assert settings(tmp_path, **{"use_cpu": False, **given}).bf16 is expected
+
+
+def test_kernels_of_liger_leave_the_objective_in_its_place(tmp_path):
+    config = settings(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    with pytest.raises(ConfigError, match="fused_linear_cross_entropy = true takes the place of the objective"):
+        settings(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
 
 
 def test_without_a_gpu_bf16_is_off(tmp_path):

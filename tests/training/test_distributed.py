@@ -22,6 +22,7 @@ from training_support import (
     disturb_value_head,
     plain_texts,
     settings,
+    untie,
     update,
     without_clock,
 )
@@ -63,7 +64,7 @@ def result(worker_folder, tiny_start_folder, tiny_teacher_folder, tiny_stores) -
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-9000:]
 
     def read(case: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         file = folder / "results" / f"{case}-{rank}"
@@ -138,24 +139,47 @@ def test_each_process_has_its_part_of_the_students_answers(result, worker_folder
         assert not set(parts[0].jobs) & set(parts[1].jobs)
 
 
-def test_a_fully_sharded_student_has_the_gradients_of_a_whole_one(
-    result, tiny_start_folder, tiny_stores, tiny_tokenizer
-):
-    """FSDP2 itself, without accelerate, which runs FSDP on accelerators only: the head is whole where it is read."""
-    model = load_causal_lm(tiny_start_folder, dtype="float32")
+def whole(folder: Path, stores: Any, tokenizer: Any, tied: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Gradients of one process, and the logits of the sets of both parts."""
+    model = load_causal_lm(folder, dtype="float32")
+    if not tied:
+        untie(model)
     add_value_head(model)
     disturb_value_head(model)
     attach_statistics(model, support=None)
     model.train()
+    logits = []
     for part in PARTS[:2]:
-        inputs = PackedCollator(tiny_tokenizer.pad_token_id)([tiny_stores["train"][row] for row in part])
-        stats = ActionStats(**{name: inputs[name] for name in STATS_FIELDS}, **model(**inputs))
+        inputs = PackedCollator(tokenizer.pad_token_id)([stores["train"][row] for row in part])
+        outputs = model(**inputs)
+        stats = ActionStats(**{name: inputs[name] for name in STATS_FIELDS}, **outputs)
         (IQLearn()(stats).loss / 2).backward()
-    expected = {name: value.grad for name, value in model.named_parameters()}
+        logits.append(outputs["q_M"].detach())
+    return {name: value.grad for name, value in model.named_parameters()}, logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fully_sharded_student_has_the_gradients_of_a_whole_one(
+    result, tiny_start_folder, tiny_stores, tiny_tokenizer, tied
+):
+    """FSDP2 in accelerate's groups: the head, which has a group with the last norm, is whole where it is read."""
+    expected, _ = whole(tiny_start_folder, tiny_stores, tiny_tokenizer, tied)
     shards = []
     for rank in (0, 1):
-        found, facts = result("sharded", rank)
+        found, facts = result(f"sharded-no-{tied}", rank)
         assert_same(found, expected, atol=1e-4)
         shards.append(facts["local"])
     assert sum(shards) == facts["total"]
     assert max(shards) < 0.6 * facts["total"]
+
+
+def test_statistics_of_a_sharded_student_are_not_rounded_to_bfloat16(
+    result, tiny_start_folder, tiny_stores, tiny_tokenizer
+):
+    _, logits = whole(tiny_start_folder, tiny_stores, tiny_tokenizer, tied=True)
+    for rank in (0, 1):
+        _, facts = result("sharded-bf16-True", rank)
+        assert facts["dtype"] == "torch.float32"
+        found = torch.tensor(facts["q_M"])
+        assert (found.bfloat16().float() != found).float().mean() > 0.9
+        torch.testing.assert_close(found, logits[rank], rtol=0.05, atol=0.3)  # weights and activations in bfloat16

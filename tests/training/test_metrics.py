@@ -13,6 +13,7 @@ from references import losses
 from references.sets import log_sum_exp
 
 from tdistill.training.metrics import MeanMeter, set_tail_kl
+from tdistill.types import widest
 
 
 def test_set_tail_kl_is_the_reference():
@@ -20,6 +21,11 @@ def test_set_tail_kl_is_the_reference():
         episodes = random_episodes(seed)
         wanted = [losses.set_tail_kl(s) for e in episodes for s in e.states]
         np.testing.assert_allclose(set_tail_kl(pack(episodes)), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_widest_float_of_a_device():
+    assert widest(torch.device("mps")) == torch.float32
+    assert widest(torch.device("cpu")) == widest(torch.device("cuda")) == torch.float64
 
 
 def test_by_hand():

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import support
 import torch
+from builders import tiny_llama
+from peft import LoraConfig
 from training_support import Crash, assert_same, losses, parameters, settings, without_clock
 
 from tdistill.errors import ConfigError, RunFolderError, StoreError
@@ -21,6 +23,7 @@ from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
 from tdistill.teachers.hf import HFTeacher, uniforms
 from tdistill.training import Rollouts, RolloutSettings, TDistillTrainer
+from tdistill.training.slow_copy import SlowCopy
 from tdistill.training.trainer import last_checkpoint
 from tdistill.types import ActionStats, LossOutput
 
@@ -55,13 +58,20 @@ def rollouts(tiny_teacher, tiny_prompt_files):
 
 @pytest.fixture
 def train(load_start, tiny_stores, tiny_tokenizer, tmp_path):
-    def start(output: str = "out", rollouts: Rollouts | None = None, callbacks: Any = None, **changes: Any):
+    def start(
+        output: str = "out",
+        rollouts: Rollouts | None = None,
+        callbacks: Any = None,
+        peft_config: Any = None,
+        **changes: Any,
+    ):
         return TDistillTrainer(
             load_start(),
             settings(tmp_path / output, **changes),
             tiny_stores["train"],
             None,
             tiny_tokenizer,
+            peft_config=peft_config,
             rollouts=rollouts,
             callbacks=callbacks,
         )
@@ -228,7 +238,34 @@ def test_generation_settings_of_the_student_stay(train, rollouts):
     assert trainer.model.generation_config.repetition_penalty == 1.25
 
 
+def test_generation_settings_of_a_student_with_an_adapter_stay(train, rollouts):
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = train(rollouts=rollouts(), objective=MIXTURE, max_steps=1, peft_config=adapter)
+    trainer.model.get_base_model().generation_config.repetition_penalty = 1.25
+    trainer.train()
+    assert trainer.model.get_base_model().generation_config.repetition_penalty == 1.25
+
+
 # ---- the slow copy ----
+
+
+def test_a_slow_copy_computes_in_the_precision_of_the_student(train, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "follow", Follow)
+    trainer, seen = train(objective="follow", max_steps=1, bf16=True), []
+    trainer.slow_copy.model.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    trainer.train()
+    assert set(seen) == {True}
+
+
+def test_a_slow_copy_of_weights_below_float32_would_stop_short_and_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"slow copy needs weights in float32.*trained in torch\.bfloat16"):
+        SlowCopy(tiny_llama().bfloat16(), 0.05)
+    quantised = tiny_llama().requires_grad_(False)
+    quantised.lm_head.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    copy = SlowCopy(quantised, 0.05)
+    copy.on_step_end(None, None, None, model=quantised)  # nothing to follow, and nothing that cannot be averaged
 
 
 def test_the_slow_copy_follows_by_its_rate(train, monkeypatch):

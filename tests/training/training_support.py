@@ -112,6 +112,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: flo
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def untie(model: PreTrainedModel) -> None:
+    """Give the model an output matrix of its own."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
 def disturb_value_head(model: PreTrainedModel, seed: int = 7) -> None:
     """Give the value head weights as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError
 from tdistill.evaluation.batching import length_sorted, measured, pad
+from tdistill.head import float32_logits
 from tdistill.types import Trajectory
 
 # Positions whose float32 distributions are held at once, per model.
@@ -150,7 +151,7 @@ def _log_probs(
         raise DataFileError("A prompt has no tokens, so its answer's first token has no state. Remove that prompt.")
     ids, mask = pad([np.concatenate(pair) for pair in pairs], pad_token_id=0, side="right")
     first = min(len(prompt) for prompt, _ in pairs) - 1
-    with measured(model):
+    with measured(model), float32_logits(model):
         logits_BTV = model(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -116,7 +116,7 @@ def normaliser_and_pairs(
 @torch.no_grad()
 def normaliser_and_argmax(hidden_ND: Tensor, head: OutputHead) -> tuple[Tensor, Tensor]:
     """Log-normaliser and most likely token over the vocabulary, for evaluation: float [N] and int64 [N]."""
-    head, normalisers, tops = head.merged(), [], []
+    head, normalisers, tops = head.ready(hidden_ND.dtype), [], []
     for rows in chunk_slices(len(hidden_ND), len(head.weight_VD)):
         logits = head.logits(hidden_ND[rows])
         normalisers.append(logits.logsumexp(-1))

@@ -46,7 +46,9 @@ def dense_sums(
         The sums, float [N], and the student's log-normaliser over those tokens, float [N], nats; at least float32.
     """
     shared = min(len(head.weight_VD), len(teacher_head.weight_VD), num_tokens or len(head.weight_VD))
-    own, theirs = _first_tokens(head.merged(), shared), _first_tokens(teacher_head.merged(), shared)
+    # Once for all chunks: the gradients of a matrix in bfloat16 add up in float32.
+    own = _first_tokens(head.merged(), shared).ready(hidden_ND.dtype)
+    theirs = _first_tokens(teacher_head.merged(), shared).ready(teacher_hidden_NE.dtype)
 
     def chunk(hidden_CD: Tensor, teacher_hidden_CE: Tensor, from_student_C: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -24,11 +24,11 @@ from transformers import (
 
 from tdistill.actions import sample_from_sets, top_p_sets
 from tdistill.errors import TeacherLogitsError
-from tdistill.head import output_head
+from tdistill.head import float32_logits, output_head
 from tdistill.prompts import end_token_ids
 from tdistill.teachers.base import Capability, PromptTokens, SamplingSettings
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
-from tdistill.types import ActionSets, Trajectory
+from tdistill.types import ActionSets, Trajectory, widest
 
 # Elements of the largest block of logits in score mode, 16 Mi: 64 MiB in float32.
 _MAX_ELEMENTS = 2**24
@@ -110,20 +110,21 @@ class HFTeacher:
         cache_argument = _cache_argument(self.model)
         mixture = None if mix is None else _Mixture(*mix, mask, len(self.tokenizer), settings.temperature)
         while len(recorder.alive):
-            decoded = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                **({} if cache is None else {cache_argument: cache}),
-                generation_config=GenerationConfig(
-                    **{
-                        **self.model.generation_config.to_diff_dict(),
-                        "max_new_tokens": settings.max_new_tokens + 1 - len(recorder.steps),
-                        "return_dict_in_generate": True,
-                    }
-                ),
-                logits_processor=LogitsProcessorList([recorder] if mixture is None else [mixture, recorder]),
-                stopping_criteria=StoppingCriteriaList([_FewRowsLeft(recorder)]),
-            )
+            with float32_logits(self.model):
+                decoded = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    **({} if cache is None else {cache_argument: cache}),
+                    generation_config=GenerationConfig(
+                        **{
+                            **self.model.generation_config.to_diff_dict(),
+                            "max_new_tokens": settings.max_new_tokens + 1 - len(recorder.steps),
+                            "return_dict_in_generate": True,
+                        }
+                    ),
+                    logits_processor=LogitsProcessorList([recorder] if mixture is None else [mixture, recorder]),
+                    stopping_criteria=StoppingCriteriaList([_FewRowsLeft(recorder)]),
+                )
             keep = torch.from_numpy(recorder.compact()).to(self.model.device)
             if len(keep):
                 grown = (0, decoded.sequences.shape[1] - mask.shape[1])
@@ -149,7 +150,7 @@ class HFTeacher:
             attention_mask=pad_sequence([torch.ones_like(r) for r in rows], True, 0).to(self.model.device),
             use_cache=False,
         ).last_hidden_state
-        head = output_head(self.model)
+        head = output_head(self.model).ready(hidden_BTD.dtype)
         # Rows that pad the vocabulary stand for no token.
         num_tokens = len(self.tokenizer)
         bias_V = None if head.bias_V is None else head.bias_V[:num_tokens]
@@ -343,7 +344,7 @@ def _checked_sets(logits_NV: Tensor, settings: SamplingSettings, owners: Sequenc
 def _draw(sets: ActionSets, logits_NV: Tensor, uniform_N: np.ndarray, settings: SamplingSettings) -> np.ndarray:
     if settings.p_max < 1.0:
         return sample_from_sets(sets, uniform_N)
-    mass_NV = torch.softmax(logits_NV.double() / settings.temperature, -1).cumsum(-1)
+    mass_NV = torch.softmax(logits_NV.to(widest(logits_NV.device)) / settings.temperature, -1).cumsum(-1)
     at = torch.as_tensor(uniform_N, device=mass_NV.device)[:, None] * mass_NV[:, -1:]
     drawn = torch.searchsorted(mass_NV, at, right=True).squeeze(1)
     return drawn.clamp(max=mass_NV.shape[1] - 1).cpu().numpy()
@@ -359,7 +360,7 @@ def _with_taken(sets: ActionSets, taken: np.ndarray, logits_NV: Tensor, settings
     absent_N[row_M[acted_in_M][sets.ids[acted_in_M] == taken[row_M[acted_in_M]]]] = False
     rows = np.flatnonzero(absent_N)
     index = (torch.from_numpy(rows).to(logits_NV.device), torch.from_numpy(taken[rows]).to(logits_NV.device))
-    log_prob = logits_NV[index].double().cpu().numpy() / settings.temperature - sets.log_sum_exp[rows].astype(float)
+    log_prob = logits_NV[index].cpu().double().numpy() / settings.temperature - sets.log_sum_exp[rows].astype(float)
     after = sets.offsets[rows + 1]
     return replace(
         sets,

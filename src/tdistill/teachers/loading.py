@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -103,6 +104,8 @@ def load_causal_lm(
         raise ConfigError(f"dtype = '{dtype}' is unknown. Use auto, float32, bfloat16 or float16.")
     _weight_files(folder, gguf_file)
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    if gguf_file and hasattr(transformers, "GgufConfig"):  # newer ones keep the blocks where they have a kernel
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source["output_loading_info"] = True  # returns a pair
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **model_kwargs)

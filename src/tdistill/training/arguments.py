@@ -25,6 +25,8 @@ _WITHOUT_EFFECT = {
     "dataloader_drop_last": "a micro-batch of fewer tokens counts as what it holds",
     "prediction_loss_only": "the dev split's measures are summed as they come",
     "eval_accumulation_steps": "the dev split's measures are summed as they come",
+    "bf16_full_eval": "the dev split is measured in the precision of training",
+    "fp16_full_eval": "the dev split is measured in the precision of training",
     "auto_find_batch_size": "it would change per_device_train_batch_size",
 }
 
@@ -52,7 +54,8 @@ class TDistillConfig(TrainingArguments):
         text_sequences_per_batch: plain-text sequences added to each micro-batch.
         slow_copy_rate: τ of the slow copy of the student that some objectives take their targets from.
         kernel: ``candidates``, or ``reference`` (dense, for comparison).
-        bf16: None is true on a GPU that has bf16, unless fp16 is; a bool from then on.
+        bf16: None is true on a GPU that computes in bf16 (not one that emulates it), unless fp16 is; a bool from then
+            on.
         save_steps: None writes a checkpoint at each evaluation with ``load_best_model_at_end``, else after each tenth
             of the phase's steps; a number from then on.
         save_total_limit: checkpoints that are kept, the best one among them; None keeps all.
@@ -117,11 +120,20 @@ class TDistillConfig(TrainingArguments):
         self.accelerator_config = {"even_batches": False, **(_as_dict(self.accelerator_config))}
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
-            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.save_steps is None:
             best_by_steps = self.load_best_model_at_end and evaluates == "steps"
             # As transformers: logging_steps where eval_steps is left out, and below 1 a share of all steps, rounded up.
             self.save_steps = (self.eval_steps or self.logging_steps) if best_by_steps else _SHARE_BETWEEN_CHECKPOINTS
+        if self.use_liger_kernel:
+            # Their fused loss would take the place of the forward that returns statistics; the body's kernels stay.
+            given = dict(self.liger_kernel_config or {})
+            if given.get("fused_linear_cross_entropy"):
+                raise ConfigError(
+                    "liger_kernel_config.fused_linear_cross_entropy = true takes the place of the objective. Leave it "
+                    "out; the kernels of the layers are used without it."
+                )
+            self.liger_kernel_config = {**given, "fused_linear_cross_entropy": False}
         super().__post_init__()
         if self.outside not in ("drop", "keep"):
             raise ConfigError(f"outside = '{self.outside}' is unknown; use drop or keep.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdistill import returns
-from tdistill.types import ActionStats
+from tdistill.types import ActionStats, widest
 
 
 class MeanMeter:
@@ -44,8 +44,9 @@ def set_tail_kl(stats: ActionStats) -> Tensor:
     """
     assert stats.log_normaliser_N is not None
     rows = returns.slot_rows(stats.offsets, len(stats.q_M))
-    log_prob_student_M = (stats.q_M - stats.log_normaliser_N[rows]).double()
-    log_prob_teacher_M = stats.log_prob_teacher_M.double()
+    wide = widest(stats.q_M.device)
+    log_prob_student_M = (stats.q_M - stats.log_normaliser_N[rows]).to(wide)
+    log_prob_teacher_M = stats.log_prob_teacher_M.to(wide)
     inside_M = log_prob_teacher_M.exp() * (log_prob_teacher_M - log_prob_student_M)
     smallest = torch.finfo(torch.float32).tiny
     teacher_tail = (1 - returns.sum_over_sets(log_prob_teacher_M.exp(), stats.offsets)).clamp(min=0)

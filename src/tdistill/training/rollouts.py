@@ -269,5 +269,7 @@ class Rollouts:
                 answers += student.generate([(prompt, number) for prompt in batch], settings, mix)
         finally:
             model.generation_config = generation
+            if hasattr(model, "get_base_model"):  # PEFT hands the settings on to the model within
+                model.get_base_model().generation_config = generation
             model.train(was_training)
         return [PromptTokens(a.prompt_id, a.prompt_ids, a.response_ids, a.ends) for a in answers]

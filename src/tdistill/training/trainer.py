@@ -176,6 +176,8 @@ class TDistillTrainer(Trainer):
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
         if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError("Rollouts and slow copies need whole weights in each process; train without sharding.")
+        if self.is_fsdp_enabled:
+            keep_statistics_exact(self.accelerator.state.fsdp_plugin)
         if self.teacher is not None:
             self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
         if self.slow_copy is not None:
@@ -311,7 +313,8 @@ class TDistillTrainer(Trainer):
     @torch.no_grad()
     def _slow_statistics(self, stats: ActionStats, inputs: dict[str, Any]) -> ActionStats:
         assert self.slow_copy is not None
-        outputs = self.slow_copy.model(**inputs, for_targets=True)
+        with self.accelerator.autocast():  # which accelerate builds into the student's forward only
+            outputs = self.slow_copy.model(**inputs, for_targets=True)
         return replace(
             stats,
             q_M=outputs["q_M"],
@@ -445,6 +448,13 @@ class TDistillTrainer(Trainer):
                 "Leave both out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
             )
         return adapted
+
+
+def keep_statistics_exact(plugin: Any) -> None:
+    """Take back the cast of a sharded model's outputs to the dtype of mixed precision: here they are sums."""
+    policy = plugin.mixed_precision_policy
+    if getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
