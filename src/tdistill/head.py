@@ -194,23 +194,23 @@ def float32_logits(model: PreTrainedModel) -> Iterator[None]:
     """Let the model's own forward form its logits in float32, whatever it is loaded or run in.
 
     Rounded to bfloat16, logits of 16 to 32 are off by up to 0.06 nats, and many are equal. An output layer that
-    :func:`output_head` does not read (quantised, for one) stays as it is.
+    :func:`output_head` does not read (quantised, for one), or that is not kept in memory, stays as it is.
 
     Cost: where the weights are below float32, the output matrix once more, in float32.
     """
     try:
-        head: OutputHead | None = output_head(model)
+        head = output_head(model)
     except UnsupportedModelError:
-        head = None
+        yield
+        return
     ready: list[OutputHead] = []
 
     def precise(layer: nn.Module, inputs: tuple[Tensor, ...], product: Tensor) -> Tensor | None:
-        if head is None or product.dtype.itemsize >= torch.float32.itemsize:
+        if product.dtype.itemsize >= torch.float32.itemsize or head.weight_VD.is_meta:
             return None
-        hidden = inputs[0]
-        if not ready:
-            ready.append(replace(head, scale=1.0, softcap=None).ready(hidden.dtype))  # those the model applies itself
-        return ready[0].logits(hidden).to(product.device)
+        if not ready:  # without scale and cap, which the model applies itself
+            ready.append(replace(head, scale=1.0, softcap=None).ready(inputs[0].dtype))
+        return ready[0].logits(inputs[0]).to(product.device)
 
     handle = model.get_output_embeddings().register_forward_hook(precise)
     try:
