@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def tiny_prompts(
 
 
 def capture_tiny(
-    teacher: HFTeacher, file: Path, path: Path, settings: SamplingSettings, mode: str = "generate"
+    teacher: HFTeacher, file: Path, path: Path, settings: SamplingSettings, mode: str = "generate", **more: Any
 ) -> Store:
     """Capture one answer to each prompt of a file, or score the answers in it."""
     template = choose_template(teacher.tokenizer)
@@ -149,6 +150,7 @@ def capture_tiny(
         tokenizer_sha256=tokenizer_sha256(teacher.tokenizer),
         template={"kind": template.kind, "sha256": template.sha256},
         progress=False,
+        **more,
     )
 
 

@@ -512,6 +512,24 @@ def test_keys_and_remote_code_have_no_place_in_a_recipe(plain: Path, override: s
     assert part in message and "hf_secret" not in message
 
 
+def test_checkpoints_are_not_sent_to_the_hub(plain: Path):
+    for override in ("phases.bd.args.push_to_hub=true", "phases.bd.args.hub_model_id=me/mine"):
+        assert "hf upload ORG/NAME OUTPUT/student" in refusal(plain, override)
+
+
+def test_settings_of_a_template_are_names_and_plain_values(plain: Path):
+    kwargs = load_recipe(plain, ["data.template_kwargs.enable_thinking=false"]).data.template_kwargs
+    assert kwargs == {"enable_thinking": False}
+    for override in ("data.template_kwargs={'a b': 1}", "data.template_kwargs={a: null}"):
+        assert "template_kwargs" in refusal(plain, override)
+
+
+def test_a_phase_has_a_name_of_its_own_where_it_is_logged(plain: Path):
+    recipe = load_recipe(plain)
+    assert recipe.arguments("bd", "x").run_name == f"{recipe.name}-bd"
+    assert load_recipe(plain, ["phases.bd.args.run_name=mine"]).arguments("bd", "x").run_name == "mine"
+
+
 def test_a_budget_is_in_the_place_of_p(plain: Path):
     assert load_recipe(plain, ["phases.bd.args.p_budget_nats=2"]).arguments("bd", "x").p_budget_nats == 2
     with pytest.raises(ConfigError, match=r"p = 0\.5 and p_budget_nats = 2\.0 exclude each other"):

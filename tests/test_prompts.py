@@ -33,6 +33,7 @@ from tdistill.prompts import (
     choose_template,
     count_shared,
     end_token_ids,
+    num_token_ids,
     read_records,
     resolve_package_path,
     tokenize_prompts,
@@ -324,6 +325,36 @@ def test_template_hash_tells_kinds_and_sources_apart():
     assert choose_template(tokenizers[0]).sha256 == choose_template(byte_bpe()).sha256
 
 
+def test_settings_of_a_chat_template_are_written_into_it():
+    source = "{% if enable_thinking is false %}quick{{ style }}{% else %}slow{% endif %}"
+    tokenizer, messages = byte_bpe(source), [{"role": "user", "content": "hello"}]
+    template = choose_template(tokenizer, "auto", {"enable_thinking": False, "style": 'é"'})
+    assert template.render(messages, tokenizer, add_generation_prompt=True, who="x") == 'quické"'
+    assert choose_template(tokenizer).render(messages, tokenizer, add_generation_prompt=True, who="x") == "slow"
+    assert template.sha256 != choose_template(tokenizer).sha256
+    begins = byte_bpe("\n x{% if y %}{% endif %}")
+    for settings in ({}, {"y": 1}):
+        found = choose_template(begins, "auto", settings).render(messages, begins, add_generation_prompt=True, who="x")
+        assert found == "\n x", "what a template begins with stays"
+    for kind in ("auto", "alpaca"):
+        with pytest.raises(
+            ConfigError, match=r"template_kwargs\.enable_thinkin: the template '\w+' has no such variable"
+        ):
+            choose_template(tokenizer, kind, {"enable_thinkin": False})
+
+
+def test_a_student_is_asked_like_its_training_prompts():
+    """The template as a tokenizer's own, which writes the mark of the beginning itself, gives the same token ids."""
+    for tokenizer, kind in ((byte_bpe(), "auto"), (byte_bpe(chat_template=None), "alpaca"), (byte_bpe(), "none")):
+        template, (prompt,) = (
+            choose_template(tokenizer, kind),
+            tokenize([as_record(CONVERSATION[1:2])], tokenizer, kind),
+        )
+        tokenizer.chat_template = template.for_tokenizer(tokenizer)
+        found = tokenizer.apply_chat_template(CONVERSATION[1:2], add_generation_prompt=True, return_dict=False)
+        assert found == prompt.prompt_ids.tolist()
+
+
 def test_template_choice_errors():
     with pytest.raises(ConfigError, match=r"template = 'alpacca' is unknown. Did you mean 'alpaca'\?"):
         choose_template(byte_bpe(), "alpacca")
@@ -607,6 +638,14 @@ def test_vocabulary_may_be_padded_but_not_too_small():
         TokenizerMismatchError, match=r"the teacher has 3 vocabulary rows, fewer than the tokenizer's 4 tokens"
     ):
         check_vocabulary(3, tokenizer, "the teacher")
+
+
+def test_ids_with_holes_need_as_many_rows_as_the_largest():
+    tokenizer = words("a", "b")
+    tokenizer.get_vocab = lambda: {"a": 0, "b": 9}
+    assert num_token_ids(tokenizer) == 10 > len(tokenizer)
+    with pytest.raises(TokenizerMismatchError, match="has 9 vocabulary rows, fewer than the tokenizer's 10"):
+        check_vocabulary(9, tokenizer, "the teacher")
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,9 @@ def sample_from_sets(sets: ActionSets, uniform_N: np.ndarray) -> np.ndarray:
 def nested_sizes(sets: ActionSets, p: float) -> np.ndarray:
     """Sizes of the sets A_p inside stored sets A_{p_max}, p <= p_max: sets nest, so each is a prefix.
 
-    Computed from the stored log-probabilities, so the size can differ by one from the set of the exact
-    probabilities where the cumulative mass lies within the store's rounding of p.
+    Computed from the stored log-probabilities: where the cumulative mass of the exact ones comes within the store's
+    rounding of p, the size differs, by several where the tokens there are unlikely ones. At the p of the store itself
+    the trainer takes the sets as they are.
 
     Returns:
         int64 [R], at least 1 where the stored set is not empty.

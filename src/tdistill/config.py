@@ -48,6 +48,7 @@ _PHASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _DEV_METRICS = {"nll": False, "kl_set_tail": False, "mass_outside_set": False, "agreement_top1": True}
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
+_VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -78,7 +79,8 @@ class DataConfig(_Strict):
     """Prompt sets: paths, ``package:NAME/FILE`` or names of data sets.
 
     Dev is measured in training and chooses the checkpoint with ``load_best_model_at_end`` only; held-out reports.
-    ``*_split`` and ``*_config`` are those of a data set; a file has neither.
+    ``*_split`` and ``*_config`` are those of a data set; a file has neither. ``template_kwargs`` are variables of the
+    chat template, such as ``enable_thinking: false``.
     """
 
     train: _Text
@@ -93,6 +95,7 @@ class DataConfig(_Strict):
     text: _Text | None = None
     text_tokens: int = Field(128, ge=2)
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
+    template_kwargs: dict[_VariableName, bool | int | float | str] = {}
     turns: Literal["last", "all"] = "last"
     max_prompt_tokens: int = Field(512, ge=1)
     too_long: Literal["error", "skip"] = "error"
@@ -203,6 +206,12 @@ class PhaseConfig(_Strict):
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         _refuse_keys_of_the_hub(value)
+        for name in value:
+            if name == "push_to_hub" or name.startswith("hub_"):
+                raise ValueError(
+                    f"{name}: a phase's checkpoints are no student, and lie beside prompts; send what the run leaves "
+                    "with `hf upload ORG/NAME OUTPUT/student`"
+                )
         checked = _checked_fields(TDistillConfig, value, "training argument '{}'", without=_RESERVED_ARGUMENTS)
         objective = checked.get("objective")
         if isinstance(objective, str):
@@ -349,7 +358,8 @@ class Recipe(_Strict):
         """
         try:
             # Left open, transformers turns its bar off with its log and prints a line per log instead.
-            return TDistillConfig(output_dir=output_dir, **{"disable_tqdm": False, **self.phases[name].args})
+            own = {"disable_tqdm": False, "run_name": f"{self.name}-{name}"}
+            return TDistillConfig(output_dir=output_dir, **{**own, **self.phases[name].args})
         except TDistillError as error:
             raise type(error)(f"phases.{name}.args: {error}") from error
         except (TypeError, ValueError, ImportError) as error:

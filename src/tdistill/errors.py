@@ -94,6 +94,10 @@ class RunFolderError(TDistillError):
     exit_code = 8
 
 
+class TrainingStoppedError(TDistillError):
+    """A phase ended before its last step."""
+
+
 class NoSpaceError(TDistillError):
     """The disk has too little room for what is about to be written."""
 

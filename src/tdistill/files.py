@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> Path:
     """Write UTF-8 text so that a reader sees the old file or the new one, never a part; return the path."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         # Generated text may hold lone surrogates, which UTF-8 cannot express.
         partial.write_bytes(text.encode("utf-8", "replace"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,6 +33,7 @@ from tdistill.errors import (
     ProbabilityRangeError,
     RunFolderError,
     StoreIdentityError,
+    TrainingStoppedError,
     UnsupportedModelError,
 )
 from tdistill.evaluation.evaluate import evaluate
@@ -60,7 +63,7 @@ from tdistill.run_folder import SPLITS, check_asked, differing_lines, link_store
 from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
-from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
+from tdistill.teachers.loading import load_causal_lm, load_config, load_tokenizer, resolve_model_folder, weights_sha256
 from tdistill.training.checkpoints import checkpoints_at_once
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
@@ -69,6 +72,8 @@ from tdistill.training.trainer import TDistillTrainer, last_checkpoint
 from tdistill.types import PromptTokens
 
 log = logging.getLogger(__name__)
+# Share of cut answers from which on a capture says so.
+_MANY_CUT = 0.1
 
 
 class Run:
@@ -96,21 +101,36 @@ class Run:
     def run(self) -> Path:
         """Capture, train, evaluate and report; return the path of the report."""
         report = self.folder / "report.html"
-        if report.is_file() and self._is_evaluated():
+        asks = not self._has_asked()
+        if not asks and report.is_file() and self._is_evaluated():
             return report
         _check_one_device()
-        # The recipe says the same as when a whole store was captured; another run's may not be what is asked for here.
-        linked = self.recipe.capture.from_run is not None and not (self.folder / "start").is_dir()
-        if linked or not all((self.store_path(split) / "manifest.json").is_file() for split in SPLITS):
+        if asks:
             self.capture()
-        else:
-            for split in SPLITS:
-                check_asked(
-                    self.recipe, self.store_path(split), split, {record.prompt_id for record in self.records(split)}
-                )
         self.train()
         self.evaluate()
         return self.report()
+
+    def _has_asked(self) -> bool:
+        """Whether all stores are whole, and have answers to all prompts that there are now.
+
+        Raises:
+            DataFileError: a store has answers to prompts that are not there any more.
+        """
+        # The recipe says the same as when a whole store was captured; another run's may not be what is asked for here.
+        if self.recipe.capture.from_run is not None and not (self.folder / "start").is_dir():
+            return False
+        if not all((self.store_path(split) / "manifest.json").is_file() for split in SPLITS):
+            return False
+        whole = True
+        for split in SPLITS:
+            asked = {record.prompt_id for record in self.records(split)}
+            check_asked(self.recipe, self.store_path(split), split, asked)
+            stored = {name for name, _ in Store.open(self.store_path(split), verify=False).jobs}
+            added = asked - stored - {name.rsplit("#turn-", 1)[0] for name in stored}
+            # Prompts that are skipped for their length are in no store.
+            whole = whole and (self.recipe.data.too_long == "skip" or not added)
+        return whole
 
     def capture(self) -> None:
         """Ask the teacher for the trajectories of all splits, and make the start of training from it.
@@ -129,7 +149,7 @@ class Run:
         self._texts()
         check_inputs(self.recipe.evaluation)
         teacher = self.load_teacher()
-        template = choose_template(teacher.tokenizer, self.recipe.data.template)
+        template = self._template(teacher.tokenizer)
         prompts = {split: self._prompts(split, records[split], teacher, template) for split in SPLITS}
         self._check_models(teacher, [prompt for split in SPLITS for prompt in prompts[split]])
         num_answers = {split: capture.answers_per_prompt if split == "train" else 1 for split in SPLITS}
@@ -160,6 +180,7 @@ class Run:
             finally:  # an interrupted capture has taken its time too
                 if before is None or before != self._captured(split):
                     self._note_time("capture", time.perf_counter() - started, add=True)
+            self._warn_of_cut_answers(split, store)
             if before is not None and len(store) > before and (self.folder / "phases").is_dir():
                 self.say(
                     f"the store of {split} has grown from {before} to {len(store)} answers; what was trained and "
@@ -212,7 +233,10 @@ class Run:
         teacher = self.load_teacher()
         self._check_teacher(teacher, held_out)
         folders = {name: self.phase_path(name) for name in ("start", *self.recipe.phases)}
-        subjects = {name: self._load(folder) for name, folder in folders.items()}
+        attention = self.recipe.student.attn_implementation
+        # FlashAttention takes no float32, which students are measured in.
+        attention = "sdpa" if "flash" in attention else attention
+        subjects = {name: self._load(folder, attention) for name, folder in folders.items()}
         weights = {name: weights_sha256(folder) for name, folder in folders.items()}
         weights[TEACHER] = teacher.identity["weights_sha256"]
         asked = [PromptTokens(row.prompt_id, row.prompt_ids) for row in map(held_out.__getitem__, range(len(held_out)))]
@@ -228,6 +252,7 @@ class Run:
             references,
             end_token_ids=held_out.end_token_ids,
             settings=settings,
+            teacher_temperature=held_out.identity["sampling"]["temperature"],
             kept=Kept(self.folder / "evaluation", weights),
         )
         self._note_time("evaluation", time.perf_counter() - started)
@@ -262,6 +287,15 @@ class Run:
         return self.folder / "start" if name == "start" else self.folder / "phases" / name / "student"
 
     # ---- parts ----
+
+    def _template(self, tokenizer: Any) -> Template:
+        return choose_template(tokenizer, self.recipe.data.template, self.recipe.data.template_kwargs)
+
+    def _warn_of_cut_answers(self, split: str, store: Store) -> None:
+        longest = self.recipe.capture.max_new_tokens
+        cut = int((store.response_lengths >= longest).sum())
+        if self.recipe.capture.mode == "generate" and cut > _MANY_CUT * len(store):
+            self.say(f"{cut:,} of the {len(store):,} answers of {split} are cut: capture.max_new_tokens = {longest}")
 
     def _is_evaluated(self) -> bool:
         """Whether the results are there, and those that the recipe asks for."""
@@ -369,9 +403,7 @@ class Run:
                 raise
         else:
             assert recipe.student.model is not None
-            config = AutoConfig.from_pretrained(
-                resolve_model_folder(recipe.student.model, revision=recipe.student.revision)
-            )
+            config = load_config(resolve_model_folder(recipe.student.model, revision=recipe.student.revision))
             configs[f"the student {recipe.student.model}"] = config
             check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
         for name, task in (recipe.evaluation.tasks or {}).items():
@@ -406,9 +438,13 @@ class Run:
             model, tokenizer = load_causal_lm(folder, dtype="float32"), load_tokenizer(folder)
             if teacher is not None:
                 expected, end_ids = tokenizer_sha256(teacher.tokenizer), teacher.end_token_ids
+                teachers = teacher.tokenizer
             else:
                 store = Store.open(self.store_path("train"), verify=False)
                 expected, end_ids = store.identity["tokenizer_sha256"], store.end_token_ids
+                of = self.recipe.teacher
+                place = resolve_model_folder(of.model, of.gguf_file, of.model_kwargs.get("revision"))
+                teachers = load_tokenizer(place, gguf_file=of.gguf_file)
             check_same_tokenizer(expected, tokenizer, f"the student {config.model}")
             check_vocabulary(model.get_output_embeddings().weight.shape[0], tokenizer, f"The student {config.model}")
             check_head(model)
@@ -423,9 +459,12 @@ class Run:
             influence = block_influence(teacher.model, map(torch.from_numpy, tokens))
             layers = choose_layers(len(influence), config.layers, config.method, influence)
             self.say(f"keeps layers {layers} of {len(influence)} ({config.method})")
-            model, tokenizer, end_ids = prune_layers(teacher.model, layers), teacher.tokenizer, store.end_token_ids
+            teachers = teacher.tokenizer
+            model, tokenizer, end_ids = prune_layers(teacher.model, layers), copy.copy(teachers), store.end_token_ids
             facts = {"name": f"{self.recipe.teacher.model} (pruned)", "kept_layers": layers}
             facts["block_influence"] = influence
+        # The student is to be asked as it was trained, and its own template, if it has one, may be another.
+        tokenizer.chat_template = self._template(teachers).for_tokenizer(tokenizer)
         export_student(model, tokenizer, path, sorted(end_ids), extra={"start.json": json.dumps(facts, indent=1)})
 
     def _train_phase(self, name: str, stores: dict[str, Store]) -> None:
@@ -440,7 +479,7 @@ class Run:
         state = None if last is None else _adopt_state(Path(last))
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
-        model, tokenizer = self._load(init), load_tokenizer(init)
+        model, tokenizer = self._load(init, self.recipe.student.attn_implementation), load_tokenizer(init)
         check_room(self.folder, model, checkpoints_at_once(args, stores["train"]))
         adapter = None
         if self.recipe.peft is not None:
@@ -471,6 +510,11 @@ class Run:
             metrics.begin(state)
         else:
             trainer.train(resume_from_checkpoint=last)
+            if trainer.state.global_step < trainer.state.max_steps:
+                raise TrainingStoppedError(
+                    f"Phase {name} stopped at step {trainer.state.global_step} of {trainer.state.max_steps} (a signal "
+                    "asked for it, or a callback). Start again: it goes on from its last checkpoint."
+                )
         trainer.evaluate()
         facts = {
             "response_tokens": trainer.state.num_input_tokens_seen,
@@ -484,7 +528,12 @@ class Run:
             stores["train"].end_token_ids,
             extra={"phase.json": json.dumps(facts, indent=1)},
         )
+        if (logs := checkpoints / "runs").is_dir():  # TensorBoard's
+            shutil.rmtree(path.parent / "runs", ignore_errors=True)
+            logs.rename(path.parent / "runs")
         shutil.rmtree(checkpoints, ignore_errors=True)
+        if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
+            wandb.finish()  # or the next phase would go on in this one's run
 
     def _rollouts(self, name: str, store: Store, teacher: HFTeacher | None) -> Rollouts | None:
         """Rounds of the student's answers to the prompts of the store, for a phase that asks for them.
@@ -524,10 +573,7 @@ class Run:
             raise EmptyPromptSetError(f"{self.recipe.data.text} (data.text) holds no text of two tokens or more.")
         return rows
 
-    def _load(self, folder: Path) -> PreTrainedModel:
-        attention = self.recipe.student.attn_implementation
-        if "flash" in attention:  # takes no float32, which students are measured in
-            attention = "sdpa"
+    def _load(self, folder: Path, attention: str) -> PreTrainedModel:
         model: Any = load_causal_lm(folder, dtype="float32", attn_implementation=attention)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -751,7 +797,7 @@ def batch_size_effect(
     prompts = tokenize_prompts(
         read_records(data.train, data.train_split, data.train_config)[:num_prompts],
         teacher.tokenizer,
-        choose_template(teacher.tokenizer, data.template),
+        choose_template(teacher.tokenizer, data.template, data.template_kwargs),
         end_token_ids=teacher.end_token_ids,
         max_prompt_tokens=data.max_prompt_tokens,
         max_new_tokens=capture.max_new_tokens,

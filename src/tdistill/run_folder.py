@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from tdistill.errors import DataFileError, RunFolderError
 from tdistill.store import Store
 
 SPLITS = ("train", "dev", "held_out")
+# What a machine has room for; answers and students do not depend on it, but for the rounding of sums.
+_HOW_IT_IS_ASKED = ("teacher.device_map:", "capture.batch_size:", "capture.shard_prompts:")
+_HOW_IT_IS_TRAINED = re.compile(
+    r"dataloader_|disable_tqdm|(gradient|activation)_checkpointing|logging_|report_to|run_name"
+)
 
 
 def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:
     """What differs between the recipe in a folder and this one, a line each; the folder's place is no difference.
 
-    In a run that has begun the evaluation may differ, and phases that are not trained.
+    In a run that has begun the evaluation may differ, phases that are not trained, and what changes no answer and no
+    student.
 
     Raises:
         RunFolderError: anything else differs, or the file is not readable.
@@ -37,7 +44,7 @@ def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:
     before, phases = stored.get("phases") or {}, asked["phases"]
     trained = [name for name in phases if (folder / "phases" / name).is_dir()]
     others = [name for name in trained if _lineage(before, name) != _lineage(phases, name)]
-    fixed = [line for line in differing if not line.startswith(("evaluation.", "phases."))]
+    fixed = [line for line in differing if not line.startswith(("evaluation.", "phases.", *_HOW_IT_IS_ASKED))]
     if not begun or not (fixed or others):
         return differing
     remedies = ["Choose another folder with output=FOLDER", "delete this one"]
@@ -121,6 +128,7 @@ def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:
 def _lineage(phases: Mapping[str, Any], name: str) -> list[Any]:
     """What a phase's student was made by: its settings and those of the phases before it, from a stored recipe."""
     settings, before = {**phases.get(name, {}), "control": None}, "start"
+    settings["args"] = {key: v for key, v in (settings.get("args") or {}).items() if not _HOW_IT_IS_TRAINED.match(key)}
     for other, phase in phases.items():
         if other == name:
             break

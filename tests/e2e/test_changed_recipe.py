@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cli.harness import changed, contents, measured, snapshot, tdistill, write_recipe
 from conftest import FinishedRun
 
 import tdistill.evaluation.evaluate as evaluation
 import tdistill.pipeline as stages
+from tdistill.config import load_recipe
 from tdistill.errors import JudgeError
+from tdistill.store import Store
 
 
 def no_work(*args: Any, **kwargs: Any) -> None:
@@ -114,6 +117,61 @@ def test_a_phase_that_starts_from_a_changed_one_is_trained_otherwise_too(finishe
     refused = tdistill("train", finished.recipe, f"output={copied}", "phases.sft.args.learning_rate=0.002")
     assert refused.code == 8
     assert f"deleting {copied}/phases/bd, {copied}/phases/sft_continued." in refused.err
+
+
+# ---- the machine ----
+
+
+def test_what_a_machine_has_room_for_may_change(finished: FinishedRun, copied: Path, monkeypatch: pytest.MonkeyPatch):
+    """After an out-of-memory error the cure must not cost what is there."""
+    monkeypatch.setattr(stages, "TDistillTrainer", no_work)
+    monkeypatch.setattr(stages, "capture_store", no_work)
+    change = ("capture.batch_size=4", "capture.shard_prompts=8", "phases.bd.args.gradient_checkpointing=true")
+    outcome = tdistill("run", finished.recipe, f"output={copied}", *change, "phases.sft.args.dataloader_num_workers=1")
+    assert outcome.code == 0, outcome.err
+    assert "capture.batch_size: stored 16, asked 4" in outcome.err
+    refused = tdistill("run", finished.recipe, f"output={copied}", *change, "capture.seed=5")
+    assert refused.code == 8 and "capture.seed: stored 0, asked 5" in refused.err
+
+
+def test_a_run_asks_about_prompts_that_were_added(finished: FinishedRun, copied: Path, tmp_path: Path):
+    train = tmp_path / "train.jsonl"
+    added = {"prompt_id": "added", "prompt": "what does the fox do", "answer": "the fox runs"}
+    lines = Path(finished.tree["data"]["train"]).read_text(encoding="utf-8")
+    train.write_text(lines + json.dumps(added) + "\n", encoding="utf-8")
+    recipe = yaml.safe_load((copied / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["train"] = str(train)
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    tree = changed(finished.tree, output=str(copied), data={"train": str(train)})
+    before = len(Store.open(copied / "store" / "train"))
+    outcome = tdistill("run", write_recipe(tmp_path / "recipe.yaml", tree))
+    assert outcome.code == 0, outcome.err
+    assert f"store of train has grown from {before} to {before + 1} answers" in outcome.err
+
+
+def test_flash_attention_trains_and_another_one_measures(finished: FinishedRun, copied: Path, monkeypatch):
+    """It takes no float32, in which students are measured."""
+    asked: list[str] = []
+    original = stages.load_causal_lm
+
+    def load(folder: Path, *, attn_implementation: str, **settings: Any) -> Any:
+        asked.append(attn_implementation)
+        return original(folder, attn_implementation="eager", **settings)
+
+    monkeypatch.setattr(stages, "load_causal_lm", load)
+    recipe = load_recipe(finished.recipe, [f"output={copied}"])
+    recipe = recipe.model_copy(
+        update={"student": recipe.student.model_copy(update={"attn_implementation": "flash_attention_2"})}
+    )
+    run = stages.Run(load_recipe(finished.recipe, [f"output={copied}"]))
+    run.recipe = recipe
+    for name in ("phases/bd", "student"):
+        shutil.rmtree(copied / name)
+    run.train()
+    assert asked == ["flash_attention_2"]
+    (copied / "results.json").unlink()
+    run.evaluate()
+    assert asked[1:] == ["sdpa"] * 4
 
 
 # ---- another run's answers ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 from cli.harness import changed, contents, measured, snapshot, strict_json, tdistill, write_recipe
 from conftest import FinishedRun
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
 import tdistill.pipeline as stages
 from tdistill.config import load_recipe
@@ -351,6 +352,52 @@ def test_an_interrupted_phase_with_an_adapter_ends_like_one_that_was_not(
     assert contents(tmp_path / "moved", "**/*.safetensors") == contents(tmp_path / "whole", "**/*.safetensors")
 
 
+def test_a_phase_that_is_stopped_from_outside_is_not_taken_for_a_finished_one(
+    finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As transformers does on a signal with ``enable_jit_checkpoint``: it saves, stops, and returns."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = control.should_training_stop = state.global_step == 3
+
+    class Stopped(stages.TDistillTrainer):
+        def __init__(self, *args: Any, callbacks: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[*callbacks, Stop()], **kwargs)
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    for name in ("phases/bd", "student"):
+        shutil.rmtree(folder / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "TDistillTrainer", Stopped)
+        outcome = tdistill("train", finished.recipe, f"output={folder}")
+    assert outcome.code == 1 and "Phase bd stopped at step 3 of 4" in outcome.err
+    assert not (folder / "phases/bd/student").exists()
+    outcome = tdistill("train", finished.recipe, f"output={folder}")
+    assert outcome.code == 0 and "trains phase bd on from checkpoint-3" in outcome.err
+    weights = "phases/bd/student/model.safetensors"
+    assert (folder / weights).read_bytes() == (finished.folder / weights).read_bytes()
+
+
+def test_logs_of_tensorboard_outlive_the_checkpoints(finished: FinishedRun, tmp_path: Path, monkeypatch):
+    class Logging(stages.TDistillTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            (Path(self.args.output_dir) / "runs").mkdir(parents=True)
+            (Path(self.args.output_dir) / "runs" / "events").write_text(self.args.run_name)
+            return super().train(*args, **kwargs)
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    for name in ("phases/bd", "student"):
+        shutil.rmtree(folder / name)
+    monkeypatch.setattr(stages, "TDistillTrainer", Logging)
+    closed: list[bool] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object(), finish=lambda: closed.append(True)))
+    assert tdistill("train", finished.recipe, f"output={folder}").code == 0
+    assert (folder / "phases/bd/runs/events").read_text() == "tiny-bd" and closed == [True]
+
+
 def test_an_interrupt_from_the_keyboard_says_how_to_go_on(
     finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -505,6 +552,24 @@ def test_a_student_folder_is_the_start(finished: FinishedRun, tmp_path: Path, ti
     assert all(torch.equal(given[name], start[name]) for name in given)
     student = load_run(folder).results.summary.student
     assert (student.name, student.kept_layers) == (str(tiny_start_folder), None)
+
+
+def test_a_student_with_another_template_is_published_with_that_of_its_prompts(
+    finished: FinishedRun, tmp_path: Path, tiny_start_folder: Path
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_start_folder, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(other)
+    folder = run_changed(finished, tmp_path, student={"layers": None, "model": str(other)})
+    teachers = AutoTokenizer.from_pretrained(finished.tree["teacher"]["model"])
+    assert AutoTokenizer.from_pretrained(folder / "student").chat_template == teachers.chat_template
+    (tmp_path / "raw").mkdir()
+    raw = run_changed(finished, tmp_path / "raw", data={"template": "none"})
+    messages = [{"role": "user", "content": "the fox"}]
+    shown = AutoTokenizer.from_pretrained(raw / "student").apply_chat_template(messages, tokenize=False)
+    assert shown.endswith("the fox") and "user" not in shown
 
 
 def test_given_answers_are_scored(finished: FinishedRun, tmp_path: Path):

@@ -2,16 +2,20 @@ import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError
 from tdistill.evaluation.evaluate import evaluate
+from tdistill.evaluation.exposure import ExposureSettings
 from tdistill.evaluation.generation import sample_answers
 from tdistill.evaluation.records import METRICS, EvaluationSettings, Result, Results, Scores
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = EvaluationSettings(
     seeds=(10, 20), max_new_tokens=6, batch_size=4, compare=(("bd", "sft"),), speed_tokens=3, num_shown_prompts=2
 )
@@ -51,10 +55,9 @@ def subjects(make_model, teacher):
     return {"start": start, "sft": copy.deepcopy(start), "bd": copy.deepcopy(teacher)}
 
 
-def run(subjects, teacher, tokenizer, held_out, references=None, settings=SETTINGS):
-    return evaluate(
-        subjects, teacher, tokenizer, held_out, references, end_token_ids=(0,), settings=settings, progress=False
-    )
+def run(subjects, teacher, tokenizer, held_out, references=None, settings=SETTINGS, **more):
+    common = {"end_token_ids": (0,), "settings": settings, "progress": False}
+    return evaluate(subjects, teacher, tokenizer, held_out, references, **common, **more)
 
 
 def test_all_metrics_of_all_subjects(subjects, teacher, tokenizer, held_out):
@@ -194,6 +197,8 @@ def test_given_answers_are_noted(subjects, teacher, tokenizer, held_out):
     given = [replace(trajectory, source="given") for trajectory in held_out]
     results = run(subjects, teacher, tokenizer, given)
     assert "given" in results.find("nll_teacher_answers", "bd").note
+    assert "given" in results.find("gap_closed", "bd").note
+    assert "given" in results.find("kl_teacher_student", "bd", "sft").note
 
 
 def test_given_answers_do_not_stand_for_the_teachers(subjects, teacher, tokenizer, held_out):
@@ -225,6 +230,28 @@ def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_o
         run(subjects, teacher, tokenizer, held_out, {"p0": ["word5"]})
     with pytest.raises(ConfigError, match="another model than the teacher"):
         run({**subjects, "teacher": subjects["start"]}, teacher, tokenizer, held_out)
+
+
+def test_the_teacher_is_measured_at_the_temperature_that_it_was_asked_at(teacher, tokenizer, held_out):
+    """The student that learnt this policy exactly, the teacher with its logits doubled, is at no distance from it."""
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.lm_head.weight.mul_(2)
+    settings = SETTINGS.model_copy(update={"compare": (), "teacher_seeds": (10, 20), "exposure": ExposureSettings()})
+    results = run({"bd": student}, teacher, tokenizer, held_out, settings=settings, teacher_temperature=0.5)
+    for metric in ("kl_teacher_student", "kl_own_prefixes", "kl_teacher_prefixes"):
+        assert results.find(metric, "bd").value == pytest.approx(0, abs=1e-4)
+    assert results.find("kl_teacher_student", "bd").value == pytest.approx(0, abs=1e-5)
+    for metric in ("nll_teacher_answers", "response_length", "distinct_2"):
+        assert results.find(metric, "bd").value == pytest.approx(results.find(metric, "teacher").value, rel=1e-4)
+    plain = run({"bd": student}, teacher, tokenizer, held_out, settings=SETTINGS.model_copy(update={"compare": ()}))
+    assert plain.find("kl_teacher_student", "bd").value > 0.01
+
+
+def test_what_a_run_adds_to_results_is_passed_over():
+    content = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert {"format", "summary", "sparsity"} <= content.keys()
+    assert Results.from_json(json.dumps(content)).find("kl_teacher_student", "bd").value > 0
 
 
 @pytest.mark.parametrize("text", ["not json", "{}", '{"settings": {}, "records": [{"metric": 1}], "answers": []}'])

@@ -265,6 +265,8 @@ def test_what_divides_by_the_mass_outside_is_not_read_from_8_bits():
     coarse += [loss(source=source) for loss in (ReverseKL, AlphaBeta) for source in ("set", "teacher")]
     assert {loss.least_log_prob_bits for loss in coarse} == {8}
     assert {loss.least_log_prob_bits for loss in (ReverseKL(), GKD(beta=1.0), AlphaBeta())} == {16}
+    assert SkewKL(direction="reverse", skew=0.0).least_log_prob_bits == DistiLLM2(skew=0.0).least_log_prob_bits == 16
+    assert SkewKL(skew=0.0).least_log_prob_bits == SkewKL(direction="reverse").least_log_prob_bits == 8
 
 
 def test_members_say_what_they_need():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -285,6 +286,16 @@ def test_only_the_listed_end_tokens_end_an_answer(tiny_teacher_folder, tiny_toke
     trajectories = generate(only, prompts, replace(support.TINY_SAMPLING, max_new_tokens=24))
     passed = [t for t in trajectories if other_end in t.response_ids[:-1]]
     assert passed, "some answer goes on after the token that is an end token no more"
+
+
+def test_a_tokenizer_without_padding_and_end_pads_with_an_end_token(tiny_teacher, prompts):
+    tokenizer = copy.deepcopy(tiny_teacher.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    ids = tiny_teacher.end_token_ids
+    found = HFTeacher(tiny_teacher.model, tokenizer, "x", ids)
+    assert answers(generate(found, prompts[:4], SETTINGS["warm"])) == answers(
+        generate(tiny_teacher, prompts[:4], SETTINGS["warm"])
+    )
 
 
 def test_rows_that_pad_the_vocabulary_stand_for_no_token(tiny_teacher, tiny_teacher_folder, prompts):

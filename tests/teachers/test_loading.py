@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli.harness import changed, recipe_tree
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from tdistill.config import Recipe, TeacherConfig
@@ -17,7 +17,7 @@ from tdistill.errors import ConfigError, ModelNotFoundError
 from tdistill.pipeline import Run, load_teacher
 from tdistill.teachers import loading
 from tdistill.teachers.hf import HFTeacher
-from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
+from tdistill.teachers.loading import load_causal_lm, load_config, load_tokenizer, resolve_model_folder, weights_sha256
 
 
 @pytest.fixture
@@ -107,6 +107,24 @@ def test_gguf_blocks_are_unpacked_whatever_kernels_there_are(folder, monkeypatch
     with pytest.raises(ModelNotFoundError, match="enough"):
         load_causal_lm(folder, gguf_file="some.gguf")
     assert asked["quantization_config"].dequantize is True
+
+
+def test_a_gated_model_says_how_to_get_in(monkeypatch):
+    def refused(*args: Any, **settings: Any) -> None:
+        raise GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(loading, "snapshot_download", refused)
+    with pytest.raises(ModelNotFoundError, match=r"GatedRepoError\).*accept its terms on the hub and set HF_TOKEN"):
+        resolve_model_folder("org/teacher")
+
+
+def test_a_student_folder_that_is_no_model_is_named(folder):
+    (folder / "config.json").write_text('{"model_type": "no-such-kind"}')
+    with pytest.raises(ModelNotFoundError, match=f"'{folder}' has no configuration of a known kind"):
+        load_config(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFoundError, match="holds no"):
+        load_config(folder)
 
 
 def test_pickled_weights_are_not_read(folder):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tdistill.config import load_recipe
 from tdistill.errors import ConfigError
-from tdistill.training import arguments
+from tdistill.training import TDistillConfig, arguments
 from tdistill.training.checkpoints import checkpoints_at_once
 from tdistill.training.trainer import TDistillTrainer
 
@@ -59,6 +59,17 @@ def test_kernels_of_liger_leave_the_objective_in_its_place(tmp_path):
     assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
     with pytest.raises(ConfigError, match="fused_linear_cross_entropy = true takes the place of the objective"):
         settings(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+def test_arguments_are_read_from_a_command_line(tmp_path):
+    parser = transformers.HfArgumentParser(TDistillConfig)
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    (config,) = parser.parse_args_into_dataclasses([*common, "--p", "0.5", "--outside", "drop"])
+    assert (config.objective, config.p, config.report_to) == ("iq_learn", 0.5, [])
+    (config,) = parser.parse_args_into_dataclasses([*common, "--objective", '{"name": "iq_learn", "alpha": 10}'])
+    assert config.build_objective().alpha == 10
+    (config,) = parser.parse_args_into_dataclasses([*common, "--objective", "sft", "--off_support", "none"])
+    assert config.build_objective().name == "sft"
 
 
 def test_without_a_gpu_bf16_is_off(tmp_path):

@@ -238,6 +238,33 @@ def test_generation_settings_of_the_student_stay(train, rollouts):
     assert trainer.model.generation_config.repetition_penalty == 1.25
 
 
+def test_a_round_ends_answers_where_the_teacher_does(train, rollouts, tiny_teacher, monkeypatch):
+    """A student that knows a further end token, as base models do, would end answers that no store could hold."""
+    trainer = train(rollouts=rollouts(), objective=MIXTURE, max_steps=1)
+    common = 9
+    trainer.model.generation_config.eos_token_id = [*tiny_teacher.end_token_ids, common]
+    asked = []
+    original = HFTeacher.generate
+    monkeypatch.setattr(HFTeacher, "generate", lambda self, *a: asked.append(self.end_token_ids) or original(self, *a))
+    trainer.train()
+    assert set(asked) == {tiny_teacher.end_token_ids}
+
+
+def test_sampling_settings_of_a_student_with_an_adapter_do_not_act(train, rollouts):
+    """Without a task type PEFT's wrapper reads the settings of the model within."""
+
+    def stored(**settings: Any) -> list[list[int]]:
+        adapter = LoraConfig(r=2, target_modules=["q_proj"])
+        trainer = train(str(settings), rollouts=rollouts(), objective=MIXTURE, max_steps=1, peft_config=adapter)
+        for name, value in settings.items():
+            setattr(trainer.model.get_base_model().generation_config, name, value)
+        trainer.train()
+        store = Store.open(Path(trainer.args.output_dir) / "rollouts" / "round-00000" / "rank-0")
+        return [store[i].response_ids.tolist() for i in range(len(store))]
+
+    assert stored() == stored(do_sample=True, temperature=0.5, top_k=3, repetition_penalty=2.0)
+
+
 def test_generation_settings_of_a_student_with_an_adapter_stay(train, rollouts):
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = train(rollouts=rollouts(), objective=MIXTURE, max_steps=1, peft_config=adapter)

@@ -40,6 +40,7 @@ from tdistill.errors import (
     TokenizerMismatchError,
     UnsupportedModelError,
 )
+from tdistill.objectives import IQLearn
 from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
@@ -667,6 +668,28 @@ def test_a_student_with_more_rows_than_tokens_learns_to_leave_them_alone(make_tr
 def test_unknown_names_are_refused_with_a_suggestion(make_trainer, objective, message):
     with pytest.raises(ConfigError, match=message):
         make_trainer(objective=objective)
+
+
+def test_at_the_stores_p_the_sets_are_those_stored(make_trainer, tiny_teacher, tiny_prompt_files, tmp_path):
+    """In 8 bits a first token of a mass just below p counts as p, and the set would be cut after it."""
+    sampling = SamplingSettings(0.95, 16, max_new_tokens=14)
+    store = support.capture_tiny(
+        tiny_teacher, tiny_prompt_files["train"], tmp_path / "store", sampling, log_prob_bits=8
+    )
+    rows = [store[i] for i in range(len(store))]
+    row = next(row for row in rows if (nested_sizes(row.sets, 0.95) < np.diff(row.sets.offsets)).any())
+    for p in (0.95, None):
+        batch = make_trainer(store=store, p=p)._train_collator([row])
+        assert batch["offsets"].diff().tolist() == np.diff(row.sets.offsets).tolist() and not batch["dropped_N"].any()
+
+
+def test_a_normaliser_that_the_off_support_term_does_not_have_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(IQLearn, "support", "vocabulary")
+    with pytest.raises(
+        ConfigError, match=r"needs the normaliser over its support 'vocabulary'.*Set off_support to tail"
+    ):
+        make_trainer(off_support="negatives")
+    make_trainer(off_support="tail")
 
 
 def test_an_unknown_kind_of_off_support_is_refused(make_trainer):

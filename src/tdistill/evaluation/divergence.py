@@ -49,6 +49,7 @@ def divergences(
     vocab_size: int,
     batch_size: int = 8,
     temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
     progress: bool = False,
 ) -> dict[str, TokenTotals]:
     """Sum divergences and losses over the tokens of held-out answers, for all students in one pass of the teacher.
@@ -65,6 +66,7 @@ def divergences(
         vocab_size: V, tokens of the tokenizer. Output matrices may be padded to different sizes beyond it.
         batch_size: answers of one forward pass.
         temperature: logits of both are divided by it.
+        teacher_temperature: the teacher's are divided by this one too, that of the policy which it was asked for.
         progress: show a bar with tokens per second.
     Returns:
         Student name → :class:`TokenTotals`.
@@ -81,7 +83,7 @@ def divergences(
             taken_N = torch.from_numpy(np.concatenate([response for _, response in chosen]).astype(np.int64))
             answer_N = np.repeat(batch, [len(response) for _, response in chosen])
             row_M, id_M = _set_slots([trajectories[index] for index in batch])
-            teacher_NV = _log_probs(teacher, chosen, vocab_size, temperature, "teacher")
+            teacher_NV = _log_probs(teacher, chosen, vocab_size, temperature * teacher_temperature, "teacher")
             for name, student in students.items():
                 student_NV = (
                     teacher_NV if student is teacher else _log_probs(student, chosen, vocab_size, temperature, name)

@@ -36,6 +36,7 @@ from tdistill.evaluation.rouge import has_words, rouge_l
 from tdistill.evaluation.scope import TEACHER, Scope
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
+from tdistill.prompts import num_token_ids
 from tdistill.types import Trajectory
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def evaluate(
     *,
     end_token_ids: Sequence[int],
     settings: EvaluationSettings,
+    teacher_temperature: float = 1.0,
     split: str = "held_out",
     progress: bool = True,
     kept: Kept | None = None,
@@ -77,6 +79,8 @@ def evaluate(
         references: prompt id → texts written by people, or None: then Rouge-L is against the teacher's answers only.
         end_token_ids: any of these ends an answer.
         settings: :class:`EvaluationSettings`.
+        teacher_temperature: that of the policy which the teacher was asked for and the students learn; the teacher's
+            logits are divided by it and by the settings' temperature, the students' by the latter alone.
         split: name of the prompt set, written into every record.
         progress: show bars with tokens per second.
         kept: answers, marks of tasks and the judge's replies that an earlier evaluation left are taken from here.
@@ -93,7 +97,7 @@ def evaluate(
     check_optional(models, tokenizer, settings, split)
     prompts = _group(held_out)
     scope = Scope(split, len(prompts), settings.bootstrap_seed)
-    vocab_size = len(tokenizer)
+    vocab_size = num_token_ids(tokenizer)
 
     totals = divergences(
         teacher,
@@ -102,6 +106,7 @@ def evaluate(
         vocab_size=vocab_size,
         batch_size=settings.batch_size,
         temperature=settings.temperature,
+        teacher_temperature=teacher_temperature,
         progress=progress,
     )
     position = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
@@ -109,13 +114,16 @@ def evaluate(
     # Answers that were given are not the teacher's, so it answers here, once if nothing else is asked for.
     given = any(trajectory.source == "given" for trajectory in held_out)
     teacher_seeds = settings.teacher_seeds or (settings.seeds[:1] if given else ())
+    teachers_own = settings.temperature * teacher_temperature
     seeds = {name: teacher_seeds if name == TEACHER else settings.seeds for name in models}
+    how = dict.fromkeys(models, settings)
+    how[TEACHER] = settings.model_copy(update={"temperature": teachers_own})
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompt_of, weights=values, minlength=len(prompts))
 
     answers = {
-        name: _sample(name, model, prompts, end_token_ids, vocab_size, settings, seeds[name], progress, kept)
+        name: _sample(name, model, prompts, end_token_ids, vocab_size, how[name], seeds[name], progress, kept)
         for name, model in models.items()
         if seeds[name]
     }
@@ -136,7 +144,7 @@ def evaluate(
     records: list[Result] = []
     for name, model in models.items():
         records += _divergence_records(scope, name, totals[name], by_prompt, given_note)
-        records += _gap_closed(scope, name, totals, by_prompt, settings.start)
+        records += _gap_closed(scope, name, totals, by_prompt, settings.start, given_note)
         is_stored = name not in answers
         stored_note = "Stored answers, as they were captured." if is_stored else None
         records += [
@@ -159,7 +167,7 @@ def evaluate(
                 [answer.token_ids for _, answer in flat],
                 vocab_size=vocab_size,
                 batch_size=settings.batch_size,
-                temperature=settings.temperature,
+                temperature=teachers_own,
                 progress=f"teacher on {name}" if progress else None,
             )
             shape = (len(prompts), -1)
@@ -167,11 +175,13 @@ def evaluate(
             records.append(scope.record("teacher_nll_on_student_answers", name, loss, seeds=seeds[name]))
         records += _cost_records(scope, name, model, [prompt.prompt_ids for prompt in prompts], settings.speed_tokens)
     for subject, against in dict.fromkeys(settings.compare):
-        records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds)
+        records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds, given_note)
     curves: list[ExposureCurve] = []
     if settings.exposure is not None:
         prompts_ids = [prompt.prompt_ids for prompt in prompts]
-        found, curves = exposure_records(scope, models, prompts_ids, teachers, answers, vocab_size, settings, progress)
+        found, curves = exposure_records(
+            scope, models, prompts_ids, teachers, answers, vocab_size, settings, teacher_temperature, progress
+        )
         records += found
     if settings.perplexity is not None:
         records += text_records(
@@ -354,6 +364,7 @@ def _gap_closed(
     totals: Mapping[str, TokenTotals],
     by_prompt: Callable[[np.ndarray], np.ndarray],
     start: str,
+    given_note: str | None,
 ) -> list[Result]:
     """Share of the start's excess loss that a student lost: (L_start − L_student) / (L_start − L_teacher).
 
@@ -365,11 +376,12 @@ def _gap_closed(
     if gap.sum() <= 0:
         _log.warning("gap_closed of %s is not recorded: the loss of %s is not above the teacher's.", name, start)
         return []
-    interval, note = bootstrap_ratio(by_prompt(totals[start].nll - totals[name].nll), gap, scope.seed), None
+    interval, note = bootstrap_ratio(by_prompt(totals[start].nll - totals[name].nll), gap, scope.seed), given_note
     low = bootstrap_mean(gap, scope.seed).low
     if low is not None and low <= 0:
         interval = Interval(interval.value, None, None)
-        note = f"No interval: that {start} has a higher loss than the teacher is itself not certain."
+        why = f"No interval: that {start} has a higher loss than the teacher is itself not certain."
+        note = " ".join(filter(None, [given_note, why]))
     return [scope.record("gap_closed", name, interval, note=note)]
 
 
@@ -415,6 +427,7 @@ def _differences(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     by_prompt: Callable[[np.ndarray], np.ndarray],
     seeds: tuple[int, ...],
+    given_note: str | None,
 ) -> list[Result]:
     """Paired differences subject − against over the same prompts."""
     a, b = totals[subject], totals[against]
@@ -429,6 +442,7 @@ def _differences(
             subject,
             bootstrap_ratio_difference(by_prompt(x), counts, by_prompt(y), counts, scope.seed),
             against=against,
+            note=given_note,
         )
         for metric, (x, y) in per_token.items()
     ]

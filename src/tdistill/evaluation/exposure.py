@@ -126,6 +126,7 @@ def kl_by_position(
     vocab_size: int,
     batch_size: int = 8,
     temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
     progress: str | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Divergence between teacher and students before every token of given answers.
@@ -141,6 +142,7 @@ def kl_by_position(
         vocab_size: tokens of the tokenizer.
         batch_size: answers of one forward pass.
         temperature: logits of both are divided by it.
+        teacher_temperature: as in :func:`~tdistill.evaluation.divergence.divergences`.
         progress: label of a progress bar, or None.
     Returns:
         Student name → float64 [T] for each answer, nats.
@@ -159,7 +161,7 @@ def kl_by_position(
             states = {name: response_states(student, chosen) for name, student in students.items()}
             rows: dict[str, list[Tensor]] = {name: [] for name in students}
             for block in blocks(len(teacher_ND)):
-                teacher_CV = log_probs(teacher_head, teacher_ND[block], vocab_size, temperature)
+                teacher_CV = log_probs(teacher_head, teacher_ND[block], vocab_size, temperature * teacher_temperature)
                 for name, states_ND in states.items():
                     student_CV = log_probs(heads[name], states_ND[block], vocab_size, temperature)
                     rows[name].append(kl_rows(teacher_CV, student_CV.to(teacher_CV.device)).cpu())

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from tdistill.actions import check_p, sample_from_sets, top_p_sets
 from tdistill.errors import DomainError, ModelLogitsError
 from tdistill.evaluation.batching import length_sorted, measured, pad
+from tdistill.head import float32_logits
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def sample_answers(
         )
     answers: dict[int, SampledAnswer] = {}
     num_tokens, start = 0, time.perf_counter()
-    with measured(model), tqdm(total=len(prompts_ids), desc=progress, unit="answer", disable=progress is None) as bar:
+    bar = tqdm(total=len(prompts_ids), desc=progress, unit="answer", disable=progress is None)
+    with measured(model), float32_logits(model), bar:
         for batch in length_sorted([len(ids) for ids in prompts_ids], batch_size):
             prompts = [prompts_ids[index] for index in batch]
             uniform_BT = np.stack(

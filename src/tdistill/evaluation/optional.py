@@ -28,6 +28,7 @@ from tdistill.evaluation.scope import LEVEL, TEACHER, Scope
 from tdistill.evaluation.states import open_head
 from tdistill.evaluation.tasks import TaskSettings, check_task, check_task_context, run_task
 from tdistill.files import file_sha256
+from tdistill.prompts import num_token_ids
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def check_optional(
             check_window(model, name, settings.perplexity.window_tokens)
     if settings.perplexity is not None or settings.exposure is not None:
         for name, model in models.items():
-            open_head(model, name, len(tokenizer))
+            open_head(model, name, num_token_ids(tokenizer))
     if settings.judge is not None:
         if settings.judge.against not in models:
             raise ConfigError(
@@ -98,6 +99,7 @@ def exposure_records(
     answers: Answers,
     vocab_size: int,
     settings: EvaluationSettings,
+    teacher_temperature: float,
     progress: bool,
 ) -> tuple[list[Result], list[ExposureCurve]]:
     """Divergence of each student on its own prefixes and on the teacher's, and the excess accumulated error.
@@ -110,6 +112,7 @@ def exposure_records(
         answers: subject → sampled answers to each prompt.
         vocab_size: tokens of the tokenizer.
         settings: with ``exposure``.
+        teacher_temperature: as in :func:`~tdistill.evaluation.divergence.divergences`.
         progress: show bars.
     """
     assert settings.exposure is not None
@@ -125,6 +128,7 @@ def exposure_records(
             vocab_size=vocab_size,
             batch_size=settings.batch_size,
             temperature=settings.temperature,
+            teacher_temperature=teacher_temperature,
             progress=label if progress else None,
         )
         return {name: PositionSums.gather(found, prompt_of, len(rows)) for name, found in values.items()}
@@ -166,7 +170,7 @@ def text_records(
     losses = text_losses(
         models,
         documents,
-        vocab_size=len(tokenizer),
+        vocab_size=num_token_ids(tokenizer),
         window_tokens=settings.window_tokens,
         stride_tokens=settings.stride_tokens,
         batch_size=batch_size,

@@ -172,7 +172,7 @@ class Scores(BaseModel):
 
 
 class Results(BaseModel):
-    """Content of ``results.json``.
+    """Content of ``results.json``; what a run adds there (its name, summary and sparsity) is left out in reading.
 
     Attributes:
         settings: how it was measured.
@@ -182,7 +182,7 @@ class Results(BaseModel):
         scores: content of ``scores.json``; never in this file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     settings: EvaluationSettings
     records: tuple[Result, ...]
@@ -204,7 +204,7 @@ class Results(BaseModel):
         """Read the text that :meth:`to_json` writes.
 
         Raises:
-            DataFileError: not JSON, or a field is missing, unknown or of another type.
+            DataFileError: not JSON, or a field is missing or of another type.
         """
         try:
             return cls.model_validate_json(text)

@@ -51,6 +51,11 @@ class DistiLLM2(Divergence):
         """Whether it needs trajectories that the student sampled."""
         return True
 
+    @property
+    def least_log_prob_bits(self) -> int:
+        """At λ = 0 the student's answers have ``reverse_kl``, see there."""
+        return 16 if self.source == "store" and self.skew == 0 else 8
+
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """Forward terms where the teacher acted, w times reverse terms where the student did."""
         forward = skewed_kl_terms(log_probs_teacher, log_probs_student, self.skew)

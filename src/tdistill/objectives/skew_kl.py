@@ -49,6 +49,11 @@ class SkewKL(Divergence):
     def __post_init__(self) -> None:
         check_skew(self.name, self.skew)
 
+    @property
+    def least_log_prob_bits(self) -> int:
+        """At λ = 0 the reverse one is ``reverse_kl``, see there."""
+        return 16 if self.source == "store" and self.direction == "reverse" and self.skew == 0 else 8
+
     def terms(self, log_probs_teacher: Tensor, log_probs_student: Tensor, from_student: Tensor) -> Tensor:
         """P log P/(λ P + (1 − λ) R), P the teacher for ``forward`` and the student for ``reverse``."""
         if self.direction == "forward":

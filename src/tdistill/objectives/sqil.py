@@ -20,7 +20,8 @@ class SQIL(TwoSidedSquares):
     bootstrapped after truncation; where it is unknown the transition is left out.
     Source: Reddy, Dragan, Levine 2020 (arXiv 1905.11108), eq. 1 and algorithm 1.
     Differs from the source: V runs over A_p; the level of Q is a choice; sums over the two kinds of rows instead of
-    means, so λ times their share in a micro-batch is the source's λ_samp; γ is lower.
+    means, so λ times the ratio of their numbers in a micro-batch, student to teacher, is the source's λ_samp; γ is
+    lower.
     Target: ``residual`` differentiates V_p(s') too, as in the source's equation; transitions are deterministic, so the
     square is that of the Bellman error itself. ``slow`` takes V_p(s') from an exponential moving average of the
     student's weights, without gradient: one more forward pass per micro-batch and one copy of the weights.

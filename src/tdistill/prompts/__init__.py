@@ -1,6 +1,12 @@
 """Prompt sets: read them, render them with a template, and turn them into token ids."""
 
-from tdistill.prompts.identity import check_same_tokenizer, check_vocabulary, end_token_ids, tokenizer_sha256
+from tdistill.prompts.identity import (
+    check_same_tokenizer,
+    check_vocabulary,
+    end_token_ids,
+    num_token_ids,
+    tokenizer_sha256,
+)
 from tdistill.prompts.overlap import count_shared
 from tdistill.prompts.read import Record, is_file, read_records, read_texts, resolve_package_path
 from tdistill.prompts.templates import Template, TemplateKind, choose_template
@@ -16,6 +22,7 @@ __all__ = [
     "count_shared",
     "end_token_ids",
     "is_file",
+    "num_token_ids",
     "read_records",
     "read_texts",
     "resolve_package_path",

@@ -63,6 +63,11 @@ def end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids))
 
 
+def num_token_ids(tokenizer: Any) -> int:
+    """One more than the largest token id; more than the tokens there are where ids have holes."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
 def check_same_tokenizer(expected_sha256: str, tokenizer: Any, who: str) -> None:
     """Raise TokenizerMismatchError unless ``tokenizer``, which belongs to ``who``, has the expected hash."""
     found = tokenizer_sha256(tokenizer)
@@ -76,8 +81,8 @@ def check_same_tokenizer(expected_sha256: str, tokenizer: Any, who: str) -> None
 
 def check_vocabulary(model_vocab_size: int, tokenizer: Any, who: str) -> None:
     """Raise TokenizerMismatchError unless the model ``who`` has a row for every token; padding rows are allowed."""
-    if model_vocab_size < len(tokenizer):
+    if model_vocab_size < (needed := num_token_ids(tokenizer)):
         raise TokenizerMismatchError(
-            f"{who} has {model_vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)} tokens. "
+            f"{who} has {model_vocab_size} vocabulary rows, fewer than the tokenizer's {needed} tokens. "
             "Use the tokenizer that the model was trained with, or resize the model's embeddings."
         )

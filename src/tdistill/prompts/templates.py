@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
@@ -57,7 +59,7 @@ class Template:
         kind: ``chat`` (the tokenizer's own; writes its special tokens itself), ``alpaca`` (instruction template for
             tokenizers without one) or ``none`` (the bare text).
         text: source of the template. Templates that ask for the date get a fixed one, so that token ids do not
-            depend on the day.
+            depend on the day; settings such as ``enable_thinking`` are written into it.
     """
 
     kind: TemplateKind
@@ -67,6 +69,13 @@ class Template:
     def sha256(self) -> str:
         """Hash of kind and source, for the identity of a store."""
         return hashlib.sha256(f"{self.kind}\n{self.text}".encode()).hexdigest()
+
+    def for_tokenizer(self, tokenizer: Any) -> str:
+        """The same as a tokenizer's ``chat_template``, which writes special tokens itself."""
+        begins = (
+            self.kind != "chat" and tokenizer.bos_token_id in tokenizer("", add_special_tokens=True)["input_ids"][:1]
+        )
+        return ("{{ bos_token }}" if begins else "") + self.text
 
     def render(
         self, messages: Sequence[Mapping[str, str]], tokenizer: Any, *, add_generation_prompt: bool, who: str
@@ -98,12 +107,29 @@ class Template:
             ) from defect
 
 
-def choose_template(tokenizer: Any, kind: str = "auto") -> Template:
+def choose_template(tokenizer: Any, kind: str = "auto", settings: Mapping[str, Any] | None = None) -> Template:
     """Template of a kind; ``auto`` is the tokenizer's chat template if it has one, else ``alpaca``.
 
+    Args:
+        tokenizer: that may have a chat template.
+        kind: as above.
+        settings: variables of its chat template, such as ``enable_thinking: false``.
     Raises:
-        ConfigError: unknown kind, or ``chat`` for a tokenizer without a chat template.
+        ConfigError: unknown kind, ``chat`` for a tokenizer without a chat template, or settings that the template does
+            not mention.
     """
+    template = _of_kind(tokenizer, kind)
+    for name in settings or ():
+        if template.kind != "chat" or not re.search(rf"\b{re.escape(name)}\b", template.text):
+            raise ConfigError(
+                f"template_kwargs.{name}: the template '{template.kind}' has no such variable. Leave it out."
+            )
+    # JSON is Jinja, but for null. Jinja drops the line break after a block.
+    given = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in (settings or {}).items())
+    return replace(template, text=given + template.text)
+
+
+def _of_kind(tokenizer: Any, kind: str) -> Template:
     known = ("auto", *get_args(TemplateKind))
     if kind not in known:
         raise ConfigError(f"template = '{kind}' is unknown.{did_you_mean(kind, known)}")

@@ -25,7 +25,7 @@ from transformers import (
 from tdistill.actions import sample_from_sets, top_p_sets
 from tdistill.errors import TeacherLogitsError
 from tdistill.head import float32_logits, output_head
-from tdistill.prompts import end_token_ids
+from tdistill.prompts import end_token_ids, num_token_ids
 from tdistill.teachers.base import Capability, PromptTokens, SamplingSettings
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer, resolve_model_folder, weights_sha256
 from tdistill.types import ActionSets, Trajectory, widest
@@ -43,18 +43,25 @@ class HFTeacher:
         model: loaded model; its generation settings are reset so that nothing but the truncated policy acts.
         tokenizer: its tokenizer.
         weights_sha256: hash that names the weights.
+        end_ids: tokens that end an answer; None takes those of the model and the tokenizer.
     """
 
     capabilities: frozenset[Capability] = frozenset({"generate", "score", "logits"})
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, weights_sha256: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, weights_sha256: str, end_ids: tuple[int, ...] | None = None
+    ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.end_token_ids = end_token_ids(model.generation_config, tokenizer)
+        self.end_token_ids = end_ids or end_token_ids(model.generation_config, tokenizer)
+        self.num_tokens = num_token_ids(tokenizer)
+        # Masked wherever it stands, so an end token serves.
+        padding = tokenizer.pad_token_id
+        self._pad_id = self.end_token_ids[0] if padding is None else padding
         self._weights_sha256 = weights_sha256
         # Inherited settings such as a repetition penalty would change the logits that are recorded.
         model.generation_config = GenerationConfig(
             eos_token_id=list(self.end_token_ids),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self._pad_id,
             bos_token_id=tokenizer.bos_token_id,
         )
 
@@ -102,13 +109,13 @@ class HFTeacher:
         Raises:
             TeacherLogitsError: NaN or infinite logits; names the prompt.
         """
-        recorder = _Recorder(requests, settings, self.end_token_ids, len(self.tokenizer))
+        recorder = _Recorder(requests, settings, self.end_token_ids, self.num_tokens)
         rows = [torch.as_tensor(prompt.prompt_ids, dtype=torch.long) for prompt, _ in requests]
-        input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id, "left").to(self.model.device)
+        input_ids = pad_sequence(rows, True, self._pad_id, "left").to(self.model.device)
         mask = pad_sequence([torch.ones_like(r) for r in rows], True, 0, "left").to(self.model.device)
         cache: Any = None
         cache_argument = _cache_argument(self.model)
-        mixture = None if mix is None else _Mixture(*mix, mask, len(self.tokenizer), settings.temperature)
+        mixture = None if mix is None else _Mixture(*mix, mask, self.num_tokens, settings.temperature)
         while len(recorder.alive):
             with float32_logits(self.model):
                 decoded = self.model.generate(
@@ -130,7 +137,7 @@ class HFTeacher:
                 grown = (0, decoded.sequences.shape[1] - mask.shape[1])
                 input_ids, mask = decoded.sequences[keep], torch.nn.functional.pad(mask, grown, value=1)[keep]
                 cache = getattr(decoded, cache_argument)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # of all that rows are taken from, the one that every kind of layer has
                 if mixture is not None:
                     mixture.select(keep)
         return recorder.trajectories()
@@ -146,13 +153,13 @@ class HFTeacher:
         """
         rows = [torch.as_tensor(np.concatenate([r.prompt_ids, r.response_ids]), dtype=torch.long) for r in requests]
         hidden_BTD = self.model.base_model(
-            input_ids=pad_sequence(rows, True, self.tokenizer.pad_token_id).to(self.model.device),
+            input_ids=pad_sequence(rows, True, self._pad_id).to(self.model.device),
             attention_mask=pad_sequence([torch.ones_like(r) for r in rows], True, 0).to(self.model.device),
             use_cache=False,
         ).last_hidden_state
         head = output_head(self.model).ready(hidden_BTD.dtype)
         # Rows that pad the vocabulary stand for no token.
-        num_tokens = len(self.tokenizer)
+        num_tokens = self.num_tokens
         bias_V = None if head.bias_V is None else head.bias_V[:num_tokens]
         head = replace(head, weight_VD=head.weight_VD[:num_tokens], bias_V=bias_V)
         trajectories = []
@@ -285,7 +292,7 @@ class _Mixture(LogitsProcessor):
     def select(self, keep: Tensor) -> None:
         """Keep these rows of the batch."""
         self.mask = self.mask[keep]
-        self.cache.batch_select_indices(keep)
+        self.cache.reorder_cache(keep)
 
 
 def _cache_argument(model: Any) -> str:

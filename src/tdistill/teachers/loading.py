@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -19,6 +19,8 @@ from tdistill.prompts import resolve_package_path
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _METADATA = ("*.json", "*.model", "*.txt", "*.jinja")
+
+_IF_GATED = "If it is gated or private, accept its terms on the hub and set HF_TOKEN, or log in with `hf auth login`. "
 
 
 def resolve_model_folder(address: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
@@ -54,7 +56,8 @@ def resolve_model_folder(address: str, gguf_file: str | None = None, revision: s
         of_revision = "" if revision is None else f" at revision '{revision}'"
         raise ModelNotFoundError(
             f"'{address}' is neither a folder nor a model that the hub gave{of_revision} ({type(error).__name__}). "
-            "Check the spelling and the network, or give a local folder."
+            + ("" if not isinstance(error, RepositoryNotFoundError) else _IF_GATED)  # gated ones are among them
+            + "Check the spelling and the network, or give a local folder."
         ) from error
 
 
@@ -84,6 +87,20 @@ def _weight_files(folder: Path, gguf_file: str | None) -> list[str]:
     elif others := sorted(path.name for path in folder.glob("*.gguf")):
         remedy = f"It has {', '.join(others)}; name one as gguf_file."
     raise ModelNotFoundError(f"The folder '{folder}' holds no {wanted}. {remedy}")
+
+
+def load_config(folder: Path) -> Any:
+    """Configuration of a model whose weights are there too.
+
+    Raises:
+        ModelNotFoundError: a part of it is not there or not readable.
+    """
+    _weight_files(folder, None)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelNotFoundError(f"'{folder}' has no configuration of a known kind of model: {reason}") from error
 
 
 def load_causal_lm(

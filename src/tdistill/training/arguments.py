@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = {
     "eval_accumulation_steps": "the dev split's measures are summed as they come",
     "bf16_full_eval": "the dev split is measured in the precision of training",
     "fp16_full_eval": "the dev split is measured in the precision of training",
+    "include_num_input_tokens_seen": "response_tokens are counted and logged",
     "auto_find_batch_size": "it would change per_device_train_batch_size",
 }
 
@@ -63,7 +64,11 @@ class TDistillConfig(TrainingArguments):
             lists no sets.
     """
 
-    objective: str | dict[str, Any] = "iq_learn"
+    # Of what may be JSON on the command line.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "objective"]  # type: ignore[misc]
+
+    # In this order for HfArgumentParser, which takes the second.
+    objective: dict[str, Any] | str | None = "iq_learn"
     p: float | None = None
     p_budget_nats: float | None = None
     p_budget_gamma: float = 0.99
@@ -84,7 +89,7 @@ class TDistillConfig(TrainingArguments):
     # A non-finite loss raises here; transformers would replace it by an average in the log.
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
-    report_to: Any = field(default="none")
+    report_to: None | str | list[str] = field(default="none")  # noqa: RUF036 - HfArgumentParser takes the second
     metric_for_best_model: str | None = field(default="eval_kl_set_tail")
     greater_is_better: bool | None = field(default=False)
 
@@ -103,7 +108,7 @@ class TDistillConfig(TrainingArguments):
         defaults = {of.name: of.default for of in fields(TrainingArguments)}
         for name, instead in _WITHOUT_EFFECT.items():
             value = getattr(self, name, None)
-            if value not in (None, defaults.get(name)):
+            if value not in (None, False, defaults.get(name)):
                 raise ConfigError(f"{name} = {value} has no effect here: {instead}. Leave it out.")
         evaluates, saves = (
             str(getattr(strategy, "value", strategy)) for strategy in (self.eval_strategy, self.save_strategy)
@@ -151,7 +156,7 @@ class TDistillConfig(TrainingArguments):
         Raises:
             ConfigError: unknown objective or hyperparameter; suggests the closest name.
         """
-        spec = {"name": self.objective} if isinstance(self.objective, str) else dict(self.objective)
+        spec = {"name": self.objective} if isinstance(self.objective, str) else dict(self.objective or {})
         cls = objective_class(spec.pop("name", "iq_learn"))
         known = cls.__dataclass_fields__  # type: ignore[attr-defined]
         for key in spec:

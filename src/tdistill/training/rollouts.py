@@ -257,8 +257,11 @@ class Rollouts:
         settings = SamplingSettings(
             self.settings.top_p, None, self.settings.temperature, self.sampling.max_new_tokens, self._seed()
         )
-        was_training, generation = model.training, model.generation_config
-        student = HFTeacher(model, tokenizer, "the student in training")
+        # PEFT reads the settings of the model within, or hands its own on to it, as the kind of task is given or not.
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        was_training, generation = model.training, plain.generation_config
+        student = HFTeacher(model, tokenizer, "the student in training", teacher.end_token_ids)
+        plain.generation_config = model.generation_config
         mix = None
         if self.settings.teacher_mix > 0:
             mix = (teacher.model, self.settings.teacher_mix)  # type: ignore[attr-defined]
@@ -268,8 +271,6 @@ class Rollouts:
                 batch = prompts[at : at + self.settings.batch_size]
                 answers += student.generate([(prompt, number) for prompt in batch], settings, mix)
         finally:
-            model.generation_config = generation
-            if hasattr(model, "get_base_model"):  # PEFT hands the settings on to the model within
-                model.get_base_model().generation_config = generation
+            model.generation_config = plain.generation_config = generation
             model.train(was_training)
         return [PromptTokens(a.prompt_id, a.prompt_ids, a.response_ids, a.ends) for a in answers]

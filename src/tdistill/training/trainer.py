@@ -22,7 +22,7 @@ from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, U
 from tdistill.head import check_head, output_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
-from tdistill.prompts import check_same_tokenizer, check_vocabulary
+from tdistill.prompts import check_same_tokenizer, check_vocabulary, num_token_ids
 from tdistill.store import Store
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.batches import TokenBudgetSampler
@@ -134,7 +134,14 @@ class TDistillTrainer(Trainer):
             raise ConfigError("off_support has nothing to act on at p = 1; set it to none.")
         self.support = "vocabulary" if self.full_support else self.objective.support
         if self.uses_off_support:
-            self.support = self.off_support.support
+            wanted = self.off_support.support
+            if self.objective.support not in (None, wanted):
+                raise ConfigError(
+                    f"The objective '{self.objective.name}' needs the normaliser over its support "
+                    f"'{self.objective.support}', and off_support = {args.off_support} has that over '{wanted}'. Set "
+                    f"off_support to {'tail' if self.objective.support == 'vocabulary' else 'none'}."
+                )
+            self.support = wanted
         if self.full_support:
             check_full_support(self.objective)
         if eval_dataset is not None and eval_dataset.p_max == 1.0 and args.metric_for_best_model == "eval_kl_set_tail":
@@ -157,7 +164,8 @@ class TDistillTrainer(Trainer):
         self.slow_copy = SlowCopy(model, args.slow_copy_rate) if self.objective.needs_target else None
         text = PlainText(text_dataset, args.text_sequences_per_batch) if text_dataset is not None else None
         pad = getattr(processing_class, "pad_token_id", None) or 0
-        p = args.p if self.objective.uses_sets else None
+        # At the store's p the sets are those stored: their rounded masses would cut some of them shorter.
+        p = args.p if self.objective.uses_sets and args.p != train_dataset.p_max else None
         self._eval_collator = PackedCollator(pad)
         budget = None
         if self.objective.uses_sets and args.p_budget_nats is not None:
@@ -428,7 +436,7 @@ class TDistillTrainer(Trainer):
         check_head(teacher)
         terms = self.objective.terms  # type: ignore[attr-defined]
         frozen = teacher.eval().requires_grad_(False)
-        return LiveTeacher(frozen, terms, None if tokenizer is None else len(tokenizer))
+        return LiveTeacher(frozen, terms, None if tokenizer is None else num_token_ids(tokenizer))
 
     def _with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
         from peft import get_peft_model
