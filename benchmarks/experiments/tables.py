@@ -20,7 +20,6 @@ from plan import (
     FROZEN,
     METHODS,
     OURS,
-    RESULTS,
     START_OF_TESTS,
     STEPS,
     asked_s,
@@ -131,7 +130,7 @@ def _sizes() -> list[str]:
         f"and decodes {of['decode_tokens_per_s']:.1f} tokens/s, one answer at a time"
         for name, of in models.items()
     ]
-    return [f"With 15 layers, on two CPU cores (`{RESULTS / 'times.json'}`): {'; '.join(shown)}.", ""]
+    return [f"With 15 layers, on two CPU cores (`times.json` beside the JSON below): {'; '.join(shown)}.", ""]
 
 
 def base_rows(path: Path, shown: Mapping[str, str]) -> _Rows:
