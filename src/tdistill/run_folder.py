@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from tdistill.config import Recipe
-from tdistill.errors import DataFileError, RunFolderError
+from tdistill.errors import DataFileError, RunFolderError, TDistillError
 from tdistill.store import Store
 
 SPLITS = ("train", "dev", "held_out")
@@ -39,7 +40,7 @@ def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:
         ) from error
     if not isinstance(stored, dict):
         raise RunFolderError(f"{path} is no recipe. Restore it, or choose another folder with output=FOLDER.")
-    asked = yaml.safe_load(recipe.to_yaml())
+    stored, asked = _with_defaults(stored), yaml.safe_load(recipe.to_yaml())
     differing = _differences({**stored, "output": None}, {**asked, "output": None})
     before, phases = stored.get("phases") or {}, asked["phases"]
     trained = [name for name in phases if (folder / "phases" / name).is_dir()]
@@ -113,6 +114,14 @@ def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[s
             f"{recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
             f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the settings that came after it, at their defaults; as it is if it is no recipe now."""
+    try:
+        return dict(yaml.safe_load(Recipe.model_validate(stored).to_yaml()))
+    except (ValidationError, TDistillError):
+        return stored
 
 
 def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from cli.harness import (
     Outcome,
     changed,
@@ -648,6 +649,15 @@ def test_a_damaged_recipe_in_the_folder_is_refused(captured: Project, text: str)
     (captured.folder / "recipe.yaml").write_bytes(text.encode("latin-1"))
     refused(captured.call("train"), 8, captured.folder / "recipe.yaml", "output=FOLDER")
     assert not (captured.folder / "phases").exists()
+
+
+def test_a_run_of_a_version_that_had_fewer_settings_goes_on(captured: Project):
+    recipe = captured.folder / "recipe.yaml"
+    before = yaml.safe_load(recipe.read_text())
+    del before["data"]["template_kwargs"], before["capture"]["temperature"]
+    recipe.write_text(yaml.safe_dump(before))
+    refused(captured.call(capture={"temperature": 0.5}), 8, "capture.temperature: stored 1.0, asked 0.5")
+    assert captured.call("train").code == 0
 
 
 def test_a_recipe_that_was_refused_before_the_first_answer_can_be_corrected(project: Project):
