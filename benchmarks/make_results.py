@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import decoding
 import finals
 import prefixes
-from plan import EXPERIMENTS, missing
+from plan import EXPERIMENTS, STUDIED_SEED, missing
 from table import comparison_section
 from tables import cost_figure, experiment_section, paper_section, screening_section, test_scores, tests_section
 
@@ -107,7 +107,7 @@ def _not_run() -> str:
     studies = {"exposure": prefixes.missing(), "decoding": [method for method, *_ in decoding.missing()]}
     for name, methods in studies.items():
         for method in methods:
-            left.setdefault(f"`{name}`", {})[method] = [0]
+            left.setdefault(f"`{name}`", {})[method] = [STUDIED_SEED]
     if not left:
         return ""
     lines = [

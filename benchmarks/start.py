@@ -17,7 +17,8 @@ import torch
 from tdistill.config import load_recipe
 from tdistill.evaluation.divergence import divergences
 from tdistill.files import write_atomically
-from tdistill.pipeline import Run, environment
+from tdistill.pipeline import Run
+from tdistill.run_folder import environment
 from tdistill.store import Store
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 

@@ -353,7 +353,7 @@ def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypa
     ours = f"{modules.plan.OURS}, learning rate 0.0003"
     prefixes.run(setup, load)
     prefixes.run(setup, load)  # goes on from the JSON
-    assert loaded == [("start", 0, "float32"), (ours, 0, "float32")] and prefixes.missing() == {}
+    assert loaded == [("start", 1, "float32"), (ours, 1, "float32")] and prefixes.missing() == {}
     curves = json.loads(prefixes.PATH.read_text())["curves"]
     assert all(len(curve["kl_own_prefixes"]) == len(curve["kl_teacher_prefixes"]) > 0 for curve in curves)
     lines = prefixes.section(prefixes.PATH, "exposure.svg").splitlines()
@@ -383,7 +383,7 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
         return name
 
     decoding.run(None, load)
-    assert decoding.missing() == [] and loaded[0] == (ours, 0, "bfloat16")
+    assert decoding.missing() == [] and loaded[0] == (ours, 1, "bfloat16")
     assert [name for name, *_ in loaded] == [ours, other, "start", "teacher"]
     lines = [line.strip("| ").split(" | ") for line in decoding.section(decoding.PATH).splitlines()]
     cells = {line[0]: line[1:] for line in lines if len(line) > 3}

@@ -54,7 +54,7 @@ from training import StepTimes, train
 
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.files import write_atomically
-from tdistill.pipeline import environment
+from tdistill.run_folder import environment
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.loading import load_causal_lm
 from tdistill.types import PromptTokens

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from finals import DTYPE, Load
-from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, frozen
+from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, STUDIED_SEED, Method, frozen
 from scores import TOP_P, screened_answers
 from setups import Setup
 from tables import with_interval
@@ -39,10 +39,11 @@ def run(setup: Setup, load: Load) -> None:
     model, loaded = None, None
     for name, method, top_p in missing():
         if loaded != name:
-            model, loaded = load(name, method, 0, DTYPE), name
+            model, loaded = load(name, method, STUDIED_SEED, DTYPE), name
         row = {"method": name, "top_p": top_p, **screened_answers(setup, model, SCREENING_SEEDS, top_p)}
         lines = ",\n".join(map(json.dumps, [*_rows(), row]))
-        write_atomically(PATH, f'{{"setup": {json.dumps(BASE.name)}, "training_seed": 0, "rows": [\n{lines}\n]}}\n')
+        head = f'{{"setup": {json.dumps(BASE.name)}, "training_seed": {STUDIED_SEED}, "rows": [\n'
+        write_atomically(PATH, f"{head}{lines}\n]}}\n")
         print(f"decoding: {name}, top-p {top_p:g}: Rouge-L {np.mean(row['rouge_l']):.4f}", flush=True)
 
 
@@ -52,7 +53,8 @@ def _rows() -> list[dict[str, Any]]:
 
 def section(path: Path) -> str:
     """The section of docs/results.md."""
-    rows = json.loads(path.read_text())["rows"]
+    content = json.loads(path.read_text())
+    rows = content["rows"]
     values = {
         (row["method"], row["top_p"]): Measured(
             np.transpose(row["rouge_l"])[None], np.ones((1, len(row["rouge_l"][0])))
@@ -83,8 +85,9 @@ def section(path: Path) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     return (
         f"## Smaller sets at decoding\n\nFrom `{path}`, which `python benchmarks/experiments decoding` makes: Rouge-L "
-        "to references of the students of training seed 0 on the 200 screening prompts, temperature 1, two sampling "
-        f"seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from when it answers, at no cost; "
+        f"to references of the students of training seed {content['training_seed']} on the 200 screening prompts, "
+        f"temperature 1, two sampling seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from "
+        "when it answers, at no cost; "
         "the last difference compares each at its best of the top-p that all have, chosen on these prompts, paired, "
         f"95 %.\n\n{table}\n"
     )

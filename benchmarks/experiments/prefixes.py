@@ -2,7 +2,7 @@
 
     python benchmarks/experiments exposure
 
-Each frozen method's student of the first training seed, and the start, answer with one sampling seed; the divergence
+Each frozen method's student of one training seed, and the start, answer with one sampling seed; the divergence
 from the teacher along these answers is compared with that along the teacher's own.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finals import Load
-from plan import BASE, RESULTS, SCREENING_SEEDS, Method, frozen
+from plan import BASE, RESULTS, SCREENING_SEEDS, STUDIED_SEED, Method, frozen
 from scores import TOP_P
 from setups import Setup
 
@@ -36,7 +36,7 @@ def run(setup: Setup, load: Load) -> None:
     """Measure what is missing and write each curve down."""
     pairs, vocab_size = setup.held_out_pairs, len(setup.tokenizer)
     for name, method in missing().items():
-        student = load(name, method, 0, "float32")
+        student = load(name, method, STUDIED_SEED, "float32")
         answers, _ = sample_answers(
             student,
             [prompt for prompt, _ in pairs],
@@ -57,8 +57,9 @@ def run(setup: Setup, load: Load) -> None:
             for along in (own_pairs, pairs)
         )
         curves = [*_curves(), exposure(own, teacher, name).curve.model_dump()]
-        head = f'{{"setup": {json.dumps(BASE.name)}, "sampling_seed": {SEED}, "training_seed": 0, "curves": [\n'
-        write_atomically(PATH, head + ",\n".join(map(json.dumps, curves)) + "\n]}\n")
+        head = {"setup": BASE.name, "sampling_seed": SEED, "training_seed": STUDIED_SEED}
+        lines = ",\n".join(map(json.dumps, curves))
+        write_atomically(PATH, f'{json.dumps(head)[:-1]}, "curves": [\n{lines}\n]}}\n')
         print(f"exposure: {name}", flush=True)
 
 

@@ -22,7 +22,7 @@ from training import train
 from variants import VARIANTS, Variant
 
 from tdistill.files import write_atomically
-from tdistill.pipeline import environment
+from tdistill.run_folder import environment
 from tdistill.teachers.loading import load_causal_lm
 
 RESULTS = Path(__file__).parent.parent / "results"

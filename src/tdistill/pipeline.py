@@ -8,21 +8,17 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from tdistill.config import Recipe, TeacherConfig
 from tdistill.errors import (
@@ -59,12 +55,13 @@ from tdistill.prompts import (
 )
 from tdistill.reports.card import write_model_card
 from tdistill.reports.html import write_report
-from tdistill.run_folder import SPLITS, check_asked, differing_lines, link_stores
+from tdistill.run_folder import SPLITS, check_asked, differing_lines, environment, link_stores
 from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_config, load_tokenizer, resolve_model_folder, weights_sha256
-from tdistill.training.checkpoints import checkpoints_at_once
+from tdistill.training.callbacks import Clock, MetricsFile
+from tdistill.training.checkpoints import adopt_state, checkpoints_at_once
 from tdistill.training.export import export_student
 from tdistill.training.pruning import block_influence, choose_layers, prune_layers
 from tdistill.training.rollouts import Rollouts
@@ -476,7 +473,7 @@ class Run:
         args = self.recipe.arguments(name, str(checkpoints))
         # Without the optimizer's state the phase would go on as another one.
         last = None if args.save_only_model else last_checkpoint(checkpoints)
-        state = None if last is None else _adopt_state(Path(last))
+        state = None if last is None else adopt_state(Path(last))
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init, self.recipe.student.attn_implementation), load_tokenizer(init)
@@ -488,8 +485,8 @@ class Run:
             adapter = LoraConfig(**self.recipe.peft)
         set_seed(args.seed)  # adapters are drawn at random, whatever this process did before
         teacher = self._scorer(stores["train"]) if args.build_objective().needs_teacher else None
-        metrics = _MetricsFile(name, path.parent / "metrics.jsonl")
-        clock = _Clock(None if last is None else Path(last))
+        metrics = MetricsFile(name, path.parent / "metrics.jsonl")
+        clock = Clock(None if last is None else Path(last))
         trainer = TDistillTrainer(
             model,
             args,
@@ -696,77 +693,6 @@ def _check_one_device() -> None:
         )
 
 
-class _MetricsFile(TrainerCallback):
-    """Appends each log line to a file; after a resume the file first goes back to what the checkpoint knows."""
-
-    def __init__(self, phase: str, path: Path) -> None:
-        self.phase, self.path = phase, path
-
-    def begin(self, state: TrainerState) -> None:
-        """Start the file with what was logged before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(map(self._line, state.log_history)))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin(state)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._line(state.log_history[-1]))
-
-    def _line(self, entry: dict[str, Any]) -> str:
-        # The line at the end sums up what this process trained, which after a resume is not the phase.
-        if "train_runtime" in entry:
-            return ""
-        entry = {key: None if _not_finite(value) else value for key, value in entry.items()}
-        return json.dumps({"phase": self.phase, **entry}, allow_nan=False) + "\n"
-
-
-class _Clock(TrainerCallback):
-    """Seconds that a phase took, its resumes together: each checkpoint says what came before it."""
-
-    FILE = "seconds.json"
-
-    def __init__(self, checkpoint: Path | None) -> None:
-        self.started, self.before = time.perf_counter(), 0.0
-        if checkpoint is not None and (path := checkpoint / self.FILE).is_file():
-            self.before = float(json.loads(path.read_text()))
-
-    def seconds(self) -> float:
-        """Seconds until now."""
-        return self.before + time.perf_counter() - self.started
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_atomically(folder / self.FILE, json.dumps(self.seconds()) + "\n")
-
-
-def _adopt_state(checkpoint: Path) -> TrainerState:
-    """State of a checkpoint, whose path to the best one before it is made to follow a run's folder that was moved."""
-    path = checkpoint / TRAINER_STATE_NAME
-    state = TrainerState.load_from_json(str(path))
-    if state.best_model_checkpoint is not None:
-        best = str(checkpoint.parent / Path(state.best_model_checkpoint).name)
-        if best != state.best_model_checkpoint:
-            state.best_model_checkpoint = best
-            state.save_to_json(str(path))
-    return state
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for ``environment.json``."""
-    packages = ("tdistill", "torch", "transformers", "accelerate", "numpy", "pyarrow")
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
 def _publish_copy(source: Path, target: Path) -> None:
     """Copy a folder so that it appears whole or not at all."""
     partial = target.with_name(f".{target.name}.partial")
@@ -775,13 +701,12 @@ def _publish_copy(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 def _json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Infinity as text: JSON has no such number."""
-    return {key: str(value) if _not_finite(value) else value for key, value in values.items()}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
 
 
 def batch_size_effect(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections.abc import Collection, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -114,6 +118,19 @@ def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[s
             f"{recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
             f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
         )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for ``environment.json``."""
+    packages = ("tdistill", "torch", "transformers", "accelerate", "numpy", "pyarrow")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tdistill.config import load_recipe
 from tdistill.reports.load import load_run
 from tdistill.reports.records import find, format_record
 from tdistill.store import Store, verify_store
+from tdistill.training.callbacks import Clock, MetricsFile
 
 SUBJECTS = {"teacher", "start", "sft", "bd", "sft_continued"}
 
@@ -197,10 +198,10 @@ def test_a_run_is_one_process_and_trains_on_one_device(
 
 def test_the_seconds_of_a_phase_are_those_of_all_its_processes(tmp_path: Path):
     (tmp_path / "checkpoint-4").mkdir()
-    first = stages._Clock(None)
+    first = Clock(None)
     first.started -= 5.0
     first.on_save(SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=4), None)
-    assert 5.0 <= stages._Clock(tmp_path / "checkpoint-4").seconds() < 6.0
+    assert 5.0 <= Clock(tmp_path / "checkpoint-4").seconds() < 6.0
 
 
 def test_a_run_that_was_moved_is_still_the_same_run(finished: FinishedRun, tmp_path: Path):
@@ -255,9 +256,9 @@ INTERRUPTIONS = {
     "between two splits": (stages, "capture_store", fails_at, 2, "reused"),
     "before the start is made": (stages, "prune_layers", fails_at, 2, "keeps layers"),
     "after the capture": (stages.Run, "capture", fails_after, 1, "trains phase sft"),
-    "in a phase before its first checkpoint": (stages._MetricsFile, "on_log", fails_at, 1, "trains phase sft"),
+    "in a phase before its first checkpoint": (MetricsFile, "on_log", fails_at, 1, "trains phase sft"),
     "in a phase after a checkpoint": (
-        stages._MetricsFile,
+        MetricsFile,
         "on_log",
         fails_at,
         4,
@@ -265,7 +266,7 @@ INTERRUPTIONS = {
     ),
     "between training and export": (stages, "export_student", fails_at, 2, "trains phase sft on from checkpoint-4"),
     "after a phase": (stages.Run, "_train_phase", fails_at, 2, "reuses phase sft"),
-    "in the second phase": (stages._MetricsFile, "on_log", fails_at, 13, "trains phase bd on from checkpoint-2"),
+    "in the second phase": (MetricsFile, "on_log", fails_at, 13, "trains phase bd on from checkpoint-2"),
     "before the student is published": (stages, "_publish_copy", fails_at, 1, "reuses phase sft_continued"),
     "before the evaluation": (stages.Run, "evaluate", fails_at, 1, "reuses phase sft_continued"),
     "in the evaluation": (stages, "evaluate", fails_after, 1, "reuses phase sft_continued"),
@@ -305,7 +306,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     for name in ("student", "phases/bd", "phases/sft_continued"):
         shutil.rmtree(folder / name)
     with monkeypatch.context() as patched:
-        patched.setattr(stages._MetricsFile, "on_log", fails_at(4, stages._MetricsFile.on_log))
+        patched.setattr(MetricsFile, "on_log", fails_at(4, MetricsFile.on_log))
         with pytest.raises(Killed):
             tdistill("run", finished.recipe, f"output={folder}")
     checkpoints = folder / "phases" / "bd" / "checkpoints"
@@ -342,7 +343,7 @@ def test_an_interrupted_phase_with_an_adapter_ends_like_one_that_was_not(
         assert tdistill("capture", recipe, f"output={tmp_path / name}").code == 0
     assert tdistill("train", recipe, f"output={tmp_path / 'whole'}").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(stages._MetricsFile, "on_log", fails_at(count, stages._MetricsFile.on_log))
+        patched.setattr(MetricsFile, "on_log", fails_at(count, MetricsFile.on_log))
         with pytest.raises(Killed):
             tdistill("train", recipe, f"output={tmp_path / 'cut'}")
     # The folder was moved in between, so the path to the best checkpoint no longer holds.

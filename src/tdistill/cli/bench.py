@@ -37,8 +37,8 @@ def _workload(model: str, gguf_file: str | None, work: Path) -> Any:
 
 def _report(kind: str, measure: Callable[[], dict[str, Any]], output: Path | None, as_json: bool) -> None:
     from tdistill.files import write_atomically
-    from tdistill.pipeline import environment
     from tdistill.reports.performance import performance_table
+    from tdistill.run_folder import environment
 
     if output is not None:
         require_folder("--output", output)

@@ -1,9 +1,12 @@
-"""How many checkpoints a phase has on disk."""
+"""The checkpoints of a phase: how many are on disk, and what a resume takes from one."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from tdistill.store import Store
@@ -37,3 +40,15 @@ def checkpoints_at_once(args: TDistillConfig, store: Store) -> int:
     # The last is never deleted, nor the best one where the dev split is measured.
     kept = max(limit, 1 if args.eval_strategy == IntervalStrategy.NO else 2)
     return min(written, kept + 1)
+
+
+def adopt_state(checkpoint: Path) -> TrainerState:
+    """State of a checkpoint, whose path to the best one before it is made to follow a run's folder that was moved."""
+    path = checkpoint / TRAINER_STATE_NAME
+    state = TrainerState.load_from_json(str(path))
+    if state.best_model_checkpoint is not None:
+        best = str(checkpoint.parent / Path(state.best_model_checkpoint).name)
+        if best != state.best_model_checkpoint:
+            state.best_model_checkpoint = best
+            state.save_to_json(str(path))
+    return state
