@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import decoding
 import finals
 import prefixes
-from plan import EXPERIMENTS, STUDIED_SEED, missing
+from plan import EXPERIMENTS, missing
 from table import comparison_section
 from tables import cost_figure, experiment_section, paper_section, screening_section, test_scores, tests_section
 
@@ -104,10 +104,9 @@ def _not_run() -> str:
             left.setdefault(f"{experiment.title} (`{name}`)", {}).setdefault(shown, []).append(seed)
     for method, _, seed, *_ in finals.missing():
         left.setdefault("Test sets (`tests`)", {}).setdefault(method, []).append(seed)
-    studies = {"exposure": prefixes.missing(), "decoding": [method for method, *_ in decoding.missing()]}
-    for name, methods in studies.items():
-        for method in methods:
-            left.setdefault(f"`{name}`", {})[method] = [STUDIED_SEED]
+    for name, study in {"exposure": prefixes, "decoding": decoding}.items():
+        for method, _, seed, *_ in study.missing():
+            left.setdefault(f"`{name}`", {}).setdefault(method, []).append(seed)
     if not left:
         return ""
     lines = [

@@ -353,14 +353,15 @@ def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypa
     ours = f"{modules.plan.OURS}, learning rate 0.0003"
     prefixes.run(setup, load)
     prefixes.run(setup, load)  # goes on from the JSON
-    assert loaded == [("start", 1, "float32"), (ours, 1, "float32")] and prefixes.missing() == {}
+    assert loaded == [(ours, 1, "float32"), (ours, 2, "float32"), ("start", 0, "float32")]
+    assert prefixes.missing() == []
     curves = json.loads(prefixes.PATH.read_text())["curves"]
     assert all(len(curve["kl_own_prefixes"]) == len(curve["kl_teacher_prefixes"]) > 0 for curve in curves)
     lines = prefixes.section(prefixes.PATH, "exposure.svg").splitlines()
     cells = next(line for line in lines if line.startswith(f"| {ours}")).strip("| ").split(" | ")
-    own, on_teachers, excess = float(cells[2]), float(cells[3]), float(cells[4].split()[0])
+    own, on_teachers, excess = float(cells[3]), float(cells[4]), float(cells[5].split()[0])
     assert own > 0 and excess == pytest.approx(own / on_teachers - 1, abs=2e-3)
-    assert ours in prefixes.chart(prefixes.PATH)
+    assert "iq_learn on scored references" in prefixes.chart(prefixes.PATH)
 
 
 def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
@@ -383,10 +384,16 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
         return name
 
     decoding.run(None, load)
-    assert decoding.missing() == [] and loaded[0] == (ours, 1, "bfloat16")
-    assert [name for name, *_ in loaded] == [ours, other, "start", "teacher"]
+    assert decoding.missing() == []
+    assert loaded == [
+        *((name, seed, "bfloat16") for name in (ours, other) for seed in (1, 2)),
+        ("start", 0, "bfloat16"),
+        ("teacher", 0, "bfloat16"),
+    ]
     lines = [line.strip("| ").split(" | ") for line in decoding.section(decoding.PATH).splitlines()]
     cells = {line[0]: line[1:] for line in lines if len(line) > 3}
-    assert [cell.split()[0] for cell in cells[ours][:3]] == ["0.2500", "0.3500", "0.3000"] and cells[ours][4] == "–"
+    assert [cell.split()[0] for cell in cells[ours][:4]] == ["2", "0.2500", "0.3500", "0.3000"] and cells[ours][
+        5
+    ] == "–"
     # 0.28 at 0.2 against 0.3 at 0.5, the same for every prompt.
-    assert cells[other][4] == "-0.0200 [-0.0200, -0.0200]" and cells[other][5] == "0.60"
+    assert cells[other][5] == "-0.0200 [-0.0200, -0.0200]" and cells[other][6] == "0.60"

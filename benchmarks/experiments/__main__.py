@@ -96,7 +96,8 @@ class Experiments:
         store = self.setup(references_of(what)).stores["train"] if method.references else None
         # The start was healed on the teacher's answers in the order of seed 0; no method sees them in that order again.
         order = {"data_seed": NUM_SEEDS} if seed == 0 and store is None else {}
-        return train(setup, model, {**setup.second_phase, **order, **method.args, **args}, seed, method.rollouts, store)
+        args = {**setup.second_phase, **order, **method.args, **args}
+        return train(setup, model, args, seed, method.rollouts, store, method.text)
 
     def run(self, what: Claims, name: str, method: Method, seed: int) -> dict[str, Any]:
         """Train one unit and measure it."""

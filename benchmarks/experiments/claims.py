@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from setups import COMMON, SPLITS, Setup
+from setups import COMMON, SPLITS, TEXT, Setup
 
 from tdistill.config import CaptureConfig, Recipe
 
@@ -128,6 +128,7 @@ def claims(data: Path, work: Path, what: Claims, fine_tuned: Path | None = None)
         rollouts=ROLLOUTS,
         seeds=(0, 1, 2),
         reference_texts=True,
+        text=data / TEXT,
         same_answers=work / "claims" / "base" / "run" if replace(what, name="base", layers=15) == Claims() else None,
         facts=what.facts(),
     )  # fmt: skip

@@ -95,6 +95,8 @@ def _rows() -> list[dict[str, Any]]:
 def recipe_digest(method: Method | None) -> str:
     """Short digest of a recipe: its setup and what its method changes, without what all methods share."""
     what = [asdict(BASE), None if method is None else [method.args, method.rollouts, method.references]]
+    if method is not None and method.text:
+        what.append("plain text")
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

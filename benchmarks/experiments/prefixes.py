@@ -2,8 +2,8 @@
 
     python benchmarks/experiments exposure
 
-Each frozen method's student of one training seed, and the start, answer with one sampling seed; the divergence
-from the teacher along these answers is compared with that along the teacher's own.
+The frozen methods' students, and the start, answer with one sampling seed; the divergence from the teacher along these
+answers is compared with that along the teacher's own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finals import Load
-from plan import BASE, RESULTS, SCREENING_SEEDS, STUDIED_SEED, Method, frozen
+from plan import BASE, RESULTS, SCREENING_SEEDS, Method, studied
 from scores import TOP_P
 from setups import Setup
+from tables import UNTRAINED, short_name
 
 from tdistill.evaluation.exposure import PositionSums, exposure, kl_by_position
 from tdistill.evaluation.generation import sample_answers
@@ -26,17 +27,17 @@ PATH = RESULTS / "exposure.json"
 SEED = SCREENING_SEEDS[0]
 
 
-def missing() -> dict[str, Method | None]:
-    """Students without a curve: the start and the frozen ones."""
-    done = {curve["subject"] for curve in _curves()}
-    return {name: method for name, method in {"start": None, **frozen()}.items() if name not in done}
+def missing() -> list[tuple[str, Method | None, int]]:
+    """Students without a curve: the start and the frozen ones, by name, method and training seed."""
+    done = {(curve["subject"], curve["training_seed"]) for curve in _curves()}
+    return [of for of in studied() if of[0] != "teacher" and (of[0], of[2]) not in done]
 
 
 def run(setup: Setup, load: Load) -> None:
     """Measure what is missing and write each curve down."""
     pairs, vocab_size = setup.held_out_pairs, len(setup.tokenizer)
-    for name, method in missing().items():
-        student = load(name, method, STUDIED_SEED, "float32")
+    for name, method, training_seed in missing():
+        student = load(name, method, training_seed, "float32")
         answers, _ = sample_answers(
             student,
             [prompt for prompt, _ in pairs],
@@ -56,11 +57,10 @@ def run(setup: Setup, load: Load) -> None:
             )
             for along in (own_pairs, pairs)
         )
-        curves = [*_curves(), exposure(own, teacher, name).curve.model_dump()]
-        head = {"setup": BASE.name, "sampling_seed": SEED, "training_seed": STUDIED_SEED}
-        lines = ",\n".join(map(json.dumps, curves))
-        write_atomically(PATH, f'{json.dumps(head)[:-1]}, "curves": [\n{lines}\n]}}\n')
-        print(f"exposure: {name}", flush=True)
+        curves = [*_curves(), exposure(own, teacher, name).curve.model_dump() | {"training_seed": training_seed}]
+        head = f'{{"setup": {json.dumps(BASE.name)}, "sampling_seed": {SEED}, "curves": [\n'
+        write_atomically(PATH, head + ",\n".join(map(json.dumps, curves)) + "\n]}\n")
+        print(f"exposure: {name}, seed {training_seed}", flush=True)
 
 
 def _curves() -> list[dict[str, Any]]:
@@ -71,20 +71,22 @@ def section(path: Path, figure: str) -> str:
     """The section of docs/results.md."""
     content = json.loads(path.read_text())
     lines = [
-        "| | length | KL on own prefixes | KL on the teacher's | excess accumulated error |",
-        "|---" + "|---:" * 4 + "|",
+        "| | training seed | length | KL on own prefixes | KL on the teacher's | excess accumulated error |",
+        "|---" + "|---:" * 5 + "|",
     ]
     for curve in content["curves"]:
         last = curve["points"][-1]
         length = last["length"]
         own, teacher = (sum(curve[key][:length]) / length for key in ("kl_own_prefixes", "kl_teacher_prefixes"))
         interval = "" if last["low"] is None else f" [{last['low']:.3f}, {last['high']:.3f}]"
-        lines.append(f"| {curve['subject']} | {length} | {own:.3f} | {teacher:.3f} | {last['value']:.3f}{interval} |")
+        seed = "–" if curve["subject"] in UNTRAINED else curve["training_seed"]
+        cells = [curve["subject"], seed, length, f"{own:.3f}", f"{teacher:.3f}", f"{last['value']:.3f}{interval}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     table = "\n".join(lines)
     return (
-        f"## Exposure bias\n\nFrom `{path}`, which `python benchmarks/experiments exposure` makes: students of "
-        f"training seed {content['training_seed']} on the 200 screening prompts, sampling seed "
-        f"{content['sampling_seed']}, against the teacher's answers to the same prompts. KL(teacher‖student), nats per "
+        f"## Exposure bias\n\nFrom `{path}`, which `python benchmarks/experiments exposure` makes: the 200 screening "
+        f"prompts, sampling seed {content['sampling_seed']}, against the teacher's answers to the same prompts, which "
+        "are drawn from sets of at most 64 tokens; the student's are not. KL(teacher‖student), nats per "
         "token, mean over the positions up to the length; the excess is the share by which it is larger on the "
         "student's own prefixes (MiniLLM's excess accumulated error), 95 % intervals over prompts. Below 0: the "
         f"student's own prefixes are easier for it than the teacher's.\n\n{table}\n\n![Exposure bias]({figure})\n"
@@ -92,10 +94,11 @@ def section(path: Path, figure: str) -> str:
 
 
 def chart(path: Path) -> str:
-    """Divergence over position on either kind of prefix."""
+    """Divergence over position on either kind of prefix, of the first training seed that each was measured with."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for curve in json.loads(path.read_text())["curves"]:
         for key, title in (("kl_own_prefixes", "KL on own prefixes"), ("kl_teacher_prefixes", "on the teacher's")):
             values = curve[key]
-            panels.setdefault(title, {})[curve["subject"]] = ([float(t + 1) for t in range(len(values))], values)
+            at = [float(t + 1) for t in range(len(values))]
+            panels.setdefault(title, {}).setdefault(short_name(curve["subject"]), (at, values))
     return curves_chart("exposure", "Exposure bias", "position in the answer", panels)

@@ -39,7 +39,7 @@ _TOKENS = {"kl_sum": ("KL(teacher‖student)", False), "nll_sum": ("loss on teac
 _METRICS = _SAMPLED | _TOKENS
 # Of the sampled answers, to be read beside their scores: heading and format of the mean.
 _ANSWERS = {"length": ("tokens", ".1f"), "terminated": ("ended", ".0%"), "distinct_2": ("distinct-2", ".2f")}
-_UNTRAINED = ("start", START_OF_TESTS, "teacher")
+UNTRAINED = ("start", START_OF_TESTS, "teacher")
 # Names in the README, where no row tells a form of the default from another.
 _SHOWN = {
     OURS: "iq_learn on scored references",
@@ -152,7 +152,7 @@ def cost_rows(path: Path) -> _Rows:
     """Rows of equal cost with those of the main table: the default's, of others at the chosen rates, the untrained."""
     main = json.loads(path.with_name("e1.json").read_text())["rows"]
     ours = tuple(f"{name}, learning rate" for name in COST_ONE)
-    also = {*_UNTRAINED, *(at_rate(name, rate)[0] for name, rate in CHOSEN.items())}
+    also = {*UNTRAINED, *(at_rate(name, rate)[0] for name, rate in CHOSEN.items())}
     shared = [row for row in main if row["method"] in also or row["method"].startswith(ours)]
     return shared + json.loads(path.read_text())["rows"]
 
@@ -279,8 +279,7 @@ def test_scores(path: Path) -> str:
     if all(cells[-1] == "–" for cells in short[2:]):  # before the teacher was looked at
         short = [cells[:-1] for cells in short]
     for cells in short[2:]:
-        name = cells[0] if cells[0] in _UNTRAINED else _method_of(cells[0])
-        cells[0] = _SHOWN.get(name, name)
+        cells[0] = short_name(cells[0])
     return "".join("| " + " | ".join(cells) + " |\n" for cells in short)
 
 
@@ -363,6 +362,12 @@ def _at_chosen_rate(row: str) -> str | None:
     return chosen.get(row.split(", cost")[0].removesuffix(", search"))
 
 
+def short_name(row: str) -> str:
+    """Name of a row where it is the only one of its method."""
+    name = row if row in UNTRAINED else _method_of(row)
+    return _SHOWN.get(name, name)
+
+
 def _method_of(row: str) -> str:
     return next(name for name in sorted(METHODS, key=len, reverse=True) if row.startswith(name))
 
@@ -379,7 +384,7 @@ def _with_capture(row: dict[str, Any]) -> float:
 
 def _costs(row: dict[str, Any]) -> list[str]:
     """Cells of a row: steps, cost, cost with what asking the teacher first costs."""
-    if row["method"] in _UNTRAINED:
+    if row["method"] in UNTRAINED:
         return ["–", "–", "–"]
     return [str(row["steps"]), f"{_seconds(row):.0f}", f"{_with_capture(row):.0f}"]
 
@@ -402,7 +407,7 @@ def _table(rows: _Rows, costs: Any = None) -> str:
             *(title for title, _ in _ANSWERS.values())]  # fmt: skip
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
-    for name in sorted(methods, key=lambda name: (name not in _UNTRAINED, -values["rouge_l"][name].value)):
+    for name in sorted(methods, key=lambda name: (name not in UNTRAINED, -values["rouge_l"][name].value)):
         mine = methods[name]
         cells = [str(len(mine)), *(costs(mine[0]) if costs else [])]
         for metric in _METRICS:
@@ -435,7 +440,7 @@ def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool
     No interval says how far another training of a row with one training seed would be, so the best is one with more if
     there is any, and a row with one is not compared with it.
     """
-    students = {name: value.value for name, value in values.items() if name not in _UNTRAINED}
+    students = {name: value.value for name, value in values.items() if name not in UNTRAINED}
     if len(students) < 2:
         return {}
     seeded = [name for name in students if len(values[name].sums_RPS) > 1] or list(students)

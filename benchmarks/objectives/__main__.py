@@ -38,7 +38,7 @@ def run_variant(setup: Setup, name: str, variant: Variant, seed: int) -> dict[st
     start = first_phase(setup, seed)
     model = load_causal_lm(start, dtype="float32")
     args = {**setup.second_phase, **variant.args}
-    trainer, times = train(setup, model, args, seed, variant.rollouts)
+    trainer, times = train(setup, model, args, seed, variant.rollouts, text=variant.text)
     dev = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     model.eval()
     return {
@@ -64,7 +64,7 @@ def step_times(setup: Setup, only: str) -> dict[str, float]:
         model = load_causal_lm(first_phase(setup, setup.seeds[0]), dtype="float32")
         steps = setup.rollouts["every"] if variant.rollouts is not None else 7  # the first warms up
         args = {**setup.second_phase, **variant.args, "max_steps": steps}
-        _, times = train(setup, model, args, setup.seeds[0], variant.rollouts)
+        _, times = train(setup, model, args, setup.seeds[0], variant.rollouts, text=variant.text)
         found[name] = times.mean_s if variant.rollouts is not None else times.median_s
         print(f"{name}: {found[name]:.2f} s per step", flush=True)
     return found

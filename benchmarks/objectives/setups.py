@@ -19,11 +19,15 @@ from tdistill.config import Recipe
 from tdistill.evaluation.batching import length_sorted
 from tdistill.evaluation.states import response_states
 from tdistill.pipeline import Run
+from tdistill.prompts import read_texts
 from tdistill.store import Store
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer
 from tdistill.types import PromptTokens
 
 SPLITS = ("train", "dev", "held_out")
+# Of a document of plain text, and where these are.
+TEXT_TOKENS = 128
+TEXT = "text/gutenberg_13books.jsonl"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Setup:
         seeds: training seeds; each has its own start, first phase and order of batches.
         random_start: makes the untrained student of a seed, or None: the recipe's pruned start is every seed's.
         reference_texts: whether the prompts come with answers by people.
+        text: plain text for the language-modelling term.
         same_answers: folder of another run that asks the teacher the same; its stores are copied if they are there.
     """
 
@@ -52,6 +57,7 @@ class Setup:
     seeds: tuple[int, ...]
     random_start: Callable[[int], Any] | None = None
     reference_texts: bool = False
+    text: Path | None = None
     same_answers: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -100,6 +106,12 @@ class Setup:
         store = self.stores[split]
         rows = (store[i] for i, (_, answer_index) in enumerate(store.jobs) if answer_index == 0)
         return [PromptTokens(row.prompt_id, row.prompt_ids) for row in rows]
+
+    @cached_property
+    def plain_text(self) -> list[np.ndarray]:
+        """Beginnings of the documents of plain text, tokens."""
+        rows = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in read_texts(str(self.text)))
+        return [np.array(row[:TEXT_TOKENS], dtype=np.int64) for row in rows]
 
     def start(self, seed: int) -> Path:
         """Folder of the untrained student of a seed."""
@@ -182,6 +194,7 @@ def tiny(data: Path, work: Path) -> Setup:
         rollouts={"every": 20, "prompts_per_round": 64, "share": 0.5, "replay": 0.5, "batch_size": 64},
         seeds=tuple(range(10)),
         random_start=random_start,
+        text=data / TEXT,
         facts={"teacher": "babyllama105, 936,448 parameters", "student": "3 layers, width 80, random start"},
     )  # fmt: skip
 
@@ -226,6 +239,7 @@ def real(data: Path, work: Path) -> Setup:
         rollouts={"every": 10, "prompts_per_round": 32, "share": 0.5, "replay": 0.5, "batch_size": 32},
         seeds=(0, 1, 2),
         reference_texts=True,
+        text=data / TEXT,
         facts={"teacher": "SmolLM2-135M-Instruct (Q4_1), 30 layers", "student": "15 of its layers, block influence",
                "prompts": "databricks-dolly-15k, at most 96 GPT-2 tokens"},
     )  # fmt: skip

@@ -46,8 +46,13 @@ def train(
     seed: int,
     own_answers: dict[str, Any] | None = None,
     store: Store | None = None,
+    text: bool = False,
 ) -> tuple[Any, Any]:
-    """Train a model on a store, by default the train split; return the trainer and the times of its steps."""
+    """Train a model on a store, by default the train split, and on plain text if that is asked for.
+
+    Returns:
+        The trainer and the times of its steps.
+    """
     set_seed(seed)
     times = StepTimes()
     rollouts = None
@@ -63,6 +68,7 @@ def train(
             store or setup.stores["train"],
             setup.stores["dev"],
             setup.tokenizer,
+            text_dataset=setup.plain_text if text else None,
             rollouts=rollouts,
             teacher=setup.teacher.model if config.build_objective().needs_teacher else None,
             callbacks=[times],

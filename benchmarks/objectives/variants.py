@@ -16,11 +16,13 @@ class Variant:
     Attributes:
         args: arguments on top of the shared ones.
         rollouts: settings of the student's own answers on top of the shared ones, or None for none of these answers.
+        text: whether the language-modelling term on plain text (J_PT) is added.
         num_seeds: how many of the setup's seeds it is run with.
     """
 
     args: dict[str, Any] = field(default_factory=dict)
     rollouts: dict[str, Any] | None = None
+    text: bool = False
     num_seeds: int = 10
 
 
@@ -39,6 +41,11 @@ def consistency(**changes: Any) -> dict[str, Any]:
 def on(objective: dict[str, Any], **args: Any) -> Variant:
     """A variant with an objective."""
     return Variant({"objective": objective, **args})
+
+
+def with_text(variant: Variant) -> Variant:
+    """The same with the language-modelling term on plain text."""
+    return replace(variant, text=True)
 
 
 def with_rollouts(objective: dict[str, Any], rollouts: dict[str, Any] | None = None, **args: Any) -> Variant:
@@ -69,6 +76,7 @@ def baselines() -> dict[str, Variant]:
         "total_variation": on({"name": "total_variation", **live}),
         "sampled_kl": on({"name": "sampled_kl", **live}),
         "minillm": with_rollouts({"name": "minillm", **live}, MINILLM),
+        "minillm, plain text": with_text(with_rollouts({"name": "minillm", **live}, MINILLM)),
         "minillm, store": with_rollouts({"name": "minillm"}, MINILLM),
         **{
             f"{name}, set": on({"name": name, "source": "set"})
@@ -80,8 +88,15 @@ def baselines() -> dict[str, Variant]:
     }
 
 
+OTHER_PHI = ("reverse_kl", "hellinger", "jensen_shannon", "total_variation")
+# A row as it is, and without the value of the next state.
+TWINS: dict[str, dict[str, Any]] = {"": {}, ", gamma 0": {"gamma": 0.0}}
 PRINTED = iq(alpha=0.1, coordinates="raw", first_order="sampled")
+# With the floor under Q and the language-modelling term, which the paper's phase has beside the printed objective.
+PRINTED_WHOLE = with_text(on({**PRINTED, "q_floor": -10.0}, off_support="none"))
 CLONING = iq(alpha=INF)
+# The library's default. The other rows ask for the teacher's own mass on the set.
+TO_SET = {"off_support_target": "set"}
 BOTH = {"states": "both"}
 
 # At the tiny scale the others have the learning rate of the second phase, 1e-3.
@@ -99,18 +114,27 @@ TINY: dict[str, Variant] = {
     "sft continued": on({"name": "sft"}),
     "as printed (alpha 0.1, raw, sampled, no control)": on(PRINTED, off_support="none"),
     "as printed with control": on(PRINTED),
+    **{
+        f"as printed with floor and plain text{', learning rate 0.0001' if rate else ''}": replace(
+            PRINTED_WHOLE, args={**PRINTED_WHOLE.args, **rate}
+        )
+        for rate in ({}, {"learning_rate": 1e-4})
+    },
     **{f"alpha {alpha:g}": on(iq(alpha=alpha)) for alpha in (INF, 100.0, 10.0, 1.0, 0.1)},
     "alpha 100, gamma 0": on(iq(alpha=100.0, gamma=0.0)),
     **{f"alpha 1, gamma {gamma:g}": on(iq(alpha=1.0, gamma=gamma)) for gamma in (0.0, 0.5, 0.9, 1.0)},
+    "alpha 10, gamma 0": on(iq(gamma=0.0)),
     **{
-        f"alpha {alpha:g}, {coordinates}": on(iq(alpha=alpha, coordinates=coordinates))
+        f"alpha {alpha:g}, {coordinates}{shown}": on(iq(alpha=alpha, coordinates=coordinates, **twin))
+        for shown, twin in TWINS.items()
         for alpha in (1.0, 10.0)
         for coordinates in ("raw", "max_set")
     },
     **{
-        f"{phi}, scale {alpha:g}": on(iq(alpha=alpha, phi=phi))
+        f"{phi}, scale {alpha:g}{shown}": on(iq(alpha=alpha, phi=phi, **twin))
+        for shown, twin in TWINS.items()
         for alpha in (1.0, 10.0)
-        for phi in ("reverse_kl", "hellinger", "jensen_shannon", "total_variation")
+        for phi in OTHER_PHI
     },
     **{f"alpha 1, {steps} steps": on(iq(alpha=1.0, steps=steps)) for steps in (2, 4, 16)},
     "alpha 10, sampled": on(iq(first_order="sampled")),
@@ -120,6 +144,14 @@ TINY: dict[str, Variant] = {
     "alpha inf, p by a budget of 4 nats": on(CLONING, p=None, p_budget_nats=4.0),
     "alpha inf, no control": on(CLONING, off_support="none"),
     "alpha inf, union": on(CLONING, off_support="union"),
+    "alpha inf, negatives": on(CLONING, off_support="negatives"),
+    "alpha inf, plain text": with_text(on(CLONING, off_support="none")),
+    "alpha inf, target set": on(CLONING, **TO_SET),
+    "alpha inf, no control, p 0.5": on(CLONING, off_support="none", p=0.5),
+    "alpha inf, target set, p 0.5": on(CLONING, **TO_SET, p=0.5),
+    "alpha inf, sampled, target set, p 0.5, off-support weight 3": on(
+        iq(alpha=INF, first_order="sampled"), **TO_SET, p=0.5, off_support_weight=3.0
+    ),
     "consistency 0.05": on(consistency()),
     "consistency 0.05, gamma 0": on(consistency(gamma=0.0)),
     "consistency 0.05, 4 steps": on(consistency(steps=4)),
@@ -161,32 +193,40 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "alpha 100",
         "alpha 100, gamma 0",
     ],
-    "γ at α = 1": ["alpha 1, gamma 0", "alpha 1, gamma 0.5", "alpha 1, gamma 0.9", "alpha 1", "alpha 1, gamma 1"],
-    "Coordinates": [
-        "alpha 1",
-        "alpha 1, raw",
-        "alpha 1, max_set",
-        "alpha 10",
-        "alpha 10, raw",
-        "alpha 10, max_set",
-        "as printed with control",
-        "as printed (alpha 0.1, raw, sampled, no control)",
-    ],
-    "φ": [
+    "γ at α = 1": ["alpha inf", *(f"alpha 1, gamma {gamma}" for gamma in (0, 0.5, 0.9)), "alpha 1", "alpha 1, gamma 1"],
+    "Coordinates, and the twins with γ = 0": [
         "alpha inf",
         *(
-            f"{name}{scale}"
-            for scale in ("1", "10")
-            for name in (
-                "alpha ",
-                "reverse_kl, scale ",
-                "hellinger, scale ",
-                "jensen_shannon, scale ",
-                "total_variation, scale ",
-            )
+            f"alpha {alpha}{coordinates}{twin}"
+            for alpha in (1, 10)
+            for coordinates in ("", ", raw", ", max_set")
+            for twin in TWINS
         ),
     ],
-    "Steps d of one residual at α = 1": ["alpha 1", "alpha 1, 2 steps", "alpha 1, 4 steps", "alpha 1, 16 steps"],
+    "As printed": [
+        "alpha inf",
+        "as printed with control",
+        "as printed (alpha 0.1, raw, sampled, no control)",
+        "as printed with floor and plain text",
+        "as printed with floor and plain text, learning rate 0.0001",
+    ],
+    "φ (χ²: alpha), and the twins with γ = 0": [
+        "alpha inf",
+        *(
+            f"{name}{scale}{twin}"
+            for scale in (1, 10)
+            for name in ("alpha ", *(f"{phi}, scale " for phi in OTHER_PHI))
+            for twin in TWINS
+        ),
+    ],
+    "Steps d of one residual at α = 1": [
+        "alpha inf",
+        "alpha 1, gamma 0",
+        "alpha 1",
+        "alpha 1, 2 steps",
+        "alpha 1, 4 steps",
+        "alpha 1, 16 steps",
+    ],
     "First-order term": ["alpha inf", "alpha inf, sampled", "alpha 10", "alpha 10, sampled"],
     "p (store at p_max = 0.99; transitions outside A_p are dropped)": [
         "alpha inf",
@@ -196,7 +236,20 @@ TINY_QUESTIONS: dict[str, list[str]] = {
         "alpha inf, p by a budget of 1 nat",
         "alpha inf, p by a budget of 4 nats",
     ],
-    "Off-support control": ["alpha inf", "alpha inf, union", "alpha inf, no control"],
+    "Off-support control": [
+        "alpha inf",
+        "alpha inf, negatives",
+        "alpha inf, union",
+        "alpha inf, plain text",
+        "alpha inf, no control",
+        "alpha inf, target set",
+    ],
+    "Off-support control at p = 0.5": [
+        "alpha inf, p 0.5",
+        "alpha inf, target set, p 0.5",
+        "alpha inf, no control, p 0.5",
+        "alpha inf, sampled, target set, p 0.5, off-support weight 3",
+    ],
     "Teacher-reward path consistency": [
         "alpha inf",
         "consistency 0.05",
