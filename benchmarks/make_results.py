@@ -1,13 +1,11 @@
-"""Write docs/results.md from the committed JSON in benchmarks/results.
-
-python benchmarks/make_results.py [OUTPUT]
-"""
+"""Write docs/results.md, its figures and the tables of other documents from the JSON in benchmarks/results."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,16 @@ import finals
 import prefixes
 from plan import EXPERIMENTS, missing
 from table import comparison_section
-from tables import cost_figure, experiment_section, paper_section, screening_section, test_scores, tests_section
+from tables import (
+    cost_figure,
+    experiment_section,
+    markdown,
+    paper_section,
+    screening_section,
+    test_scores,
+    tests_section,
+)
+from variants import VARIANTS
 
 RESULTS = Path("benchmarks/results")
 FIGURES = Path("docs/figures")
@@ -102,6 +109,12 @@ def _not_run() -> str:
         for what, method, _, seed in missing(name):
             shown = method if len(experiment.groups) == 1 else f"{what.name}: {method}"
             left.setdefault(f"{experiment.title} (`{name}`)", {}).setdefault(shown, []).append(seed)
+    for scale, variants in VARIANTS.items():
+        path = RESULTS / f"objectives_{scale}.json"
+        done = Counter(row["variant"] for row in json.loads(path.read_text())["rows"]) if path.is_file() else Counter()
+        for name, variant in variants.items():
+            if seeds := list(range(done[name], variant.num_seeds)):
+                left.setdefault(f"Objectives compared, {scale} scale (`benchmarks/objectives`)", {})[name] = seeds
     for method, _, seed, *_ in finals.missing():
         left.setdefault("Test sets (`tests`)", {}).setdefault(method, []).append(seed)
     for name, study in {"exposure": prefixes, "decoding": decoding}.items():
@@ -133,7 +146,7 @@ def _sparsity(path: Path) -> str:
         f"## Sparsity of the teacher\n\nFrom `{path}`, which `tdistill check sparsity "
         f"runs/experiments/claims/base/run/store/train --json` prints: {study['num_states']:,} states of the main "
         f"table's store. Sets hold at most {study['cap']} tokens; those cut there have less than "
-        f"p.\n\n{table(head, rows)}\n![Sparsity]({FIGURES.name}/sparsity.svg)\n"
+        f"p.\n\n{markdown([head, *rows])}\n\n![Sparsity]({FIGURES.name}/sparsity.svg)\n"
     )
 
 
@@ -194,12 +207,6 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def performance(text: str) -> str:
     """docs/performance.md with its tables made new."""
     found = measurements()
@@ -209,7 +216,7 @@ def performance(text: str) -> str:
     ]
     head = ["objective", "change of the loss", "cosine of the gradients", "between two micro-batches"]
     tables = {kind: performance_table(kind, content) for kind, content in found.items()}
-    return fill(text, {"bars": bars_table(found), "bits": table(head, bits), **tables})
+    return fill(text, {"bars": bars_table(found), "bits": markdown([head, *bits]) + "\n", **tables})
 
 
 _BETWEEN = "gradient_cosine_between_batches"
@@ -237,8 +244,8 @@ def store_format(text: str) -> str:
     return fill(
         text,
         {
-            "sizes": table(["p", *(f"cap {cap}" for cap in caps)], sizes),
-            "encodings": table(["", *names], encodings),
+            "sizes": markdown([["p", *(f"cap {cap}" for cap in caps)], *sizes]) + "\n",
+            "encodings": markdown([["", *names], *encodings]) + "\n",
         },
     )
 

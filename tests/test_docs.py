@@ -29,6 +29,21 @@ def test_the_results_page_is_made_from_the_committed_json(make_results):
     assert Path("docs/results.md").read_text(encoding="utf-8") == make_results["page"]()
 
 
+def test_the_figures_show_the_committed_json(make_results):
+    drawn = 0
+    for name, (source, draw) in make_results["FIGURE_SOURCES"].items():
+        if (path := Path("benchmarks/results/experiments") / source).is_file():
+            # The description has every number; how lines are drawn depends on the version of matplotlib.
+            told, now = (_description(svg) for svg in (Path("docs/figures", name).read_text("utf-8"), draw(path)))
+            assert told == now
+            drawn += 1
+    assert drawn
+
+
+def _description(svg: str) -> str:
+    return re.search(r"<(?:\w+:)?desc[^>]*>(.*?)<", svg, re.DOTALL)[1]
+
+
 def test_the_table_in_the_readme_is_made_from_the_committed_json(make_results):
     text = Path("README.md").read_text(encoding="utf-8")
     assert "kl" in text.lower() and text == make_results["readme"](text)
@@ -54,8 +69,16 @@ def test_the_recipe_in_the_readme_is_valid(tmp_path):
 
 def test_links_in_the_documents_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page}: {target}"
+            assert not anchor or anchor in _anchors(path), f"{page}: {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))

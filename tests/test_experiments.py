@@ -174,19 +174,25 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     path = tmp_path / "tests.json"
     rows.append(look("seqkd, cost 1", 3, "dolly", 0, "", [9.0] * 60))  # a training that is not done with is left out
     path.write_text(json.dumps({"dtype": "bfloat16", "rows": rows}))
-    lines = modules.tables.tests_section(path).splitlines()
-    cells = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ") for line in lines if line.startswith("|")}
-    ours, other = cells[f"{modules.plan.OURS}, cost 1"], cells["seqkd, cost 1"]
-    means = [float(ours[i].split()[0]) for i in (2, 3, 4)]
+    lines = [
+        line.strip("| ").split(" | ")
+        for line in modules.tables.tests_section(path).splitlines()
+        if line.startswith("|")
+    ]
+    name = f"{modules.plan.OURS}, cost 1"
+    (ours,), (scores, less) = ([line for line in lines if line[0] == of] for of in (name, "seqkd, cost 1"))
+    means = [float(ours[i].split()[0].strip("*")) for i in (3, 4, 5)]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
+    assert ours[1:3] == ["3", "–"] and scores[2] == "vocabulary"
+    assert ours[3].startswith("**")  # a student with three trainings, and no other is better
     # Every training and prompt is 0.01 lower; what differs between draws is which trainings are drawn.
-    assert [cell.split()[0] for cell in other[5:8]] == ["-0.0100"] * 3 and ours[5] == "–"
-    low, high = (float(end.strip("[],")) for end in other[7].split()[1:])
+    assert [cell.split()[0] for cell in less[1:]] == ["-0.0100"] * 3
+    low, high = (float(end.strip("[],")) for end in less[3].split()[1:])
     assert low < -0.01 < high
     short = [line.strip("| ").split(" | ") for line in modules.tables.test_scores(path).splitlines()]
     assert [line[0] for line in short[2:]] == ["iq_learn on scored references", "teacher", "seqkd"]
-    assert short[0][-2] == "mean less that of iq_learn on scored references"
-    assert short[-1][1:] == [*other[1:5], other[7], other[8].strip()]
+    assert short[0][-4] == "mean less that of iq_learn on scored references"
+    assert short[-1][1:7] == ["3", *scores[3:6], less[3], scores[6]]
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 
@@ -229,12 +235,14 @@ def test_a_row_of_one_training_is_not_compared_with_the_best(modules):
     def marks(names: tuple[str, ...]) -> dict[str, str]:
         chosen = {name: values[name] for name in names}
         draws = dict(zip(chosen, resample(list(chosen.values()), 0), strict=True))
-        return modules.tables._marks(chosen, draws, more=True)
+        points = {name: of.value for name, of in chosen.items()}
+        return modules.tables._marks(points, {name: len(of.sums_RPS) for name, of in chosen.items()}, draws, more=True)
 
-    assert marks(tuple(values)) == {"best": "**{}**", "one": "{}¹", "near": "≈ {}"}
+    compared = tuple(name for name in values if name != "one")
+    assert marks(compared) == {"best": "**{}**", "near": "≈ {}"}
+    assert marks(tuple(values)) == {}  # the row of one training is better, and no one knows by how much
     values["other"] = row(0.2)
-    assert marks(("start", "one", "other")) == {"one": "**{}**¹", "other": "{}¹"}
-    assert marks(("start", "one")) == {}
+    assert marks(("start", "one", "other")) == {}
 
 
 def test_what_a_score_costs_is_the_cheapest_row_of_the_default_separated_above_all_of_a_methods(modules, monkeypatch):

@@ -17,7 +17,7 @@ from finals import DTYPE, Load
 from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, studied
 from scores import TOP_P, screened_answers
 from setups import Setup
-from tables import UNTRAINED, with_interval
+from tables import UNTRAINED, markdown, with_interval
 
 from tdistill.files import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample
@@ -66,7 +66,7 @@ def section(path: Path) -> str:
     ours = next((name for name in names if name.startswith(OURS)), None)
     head = ["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best"]
     head.append(f"distinct-2 at {min(shared):g}")
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     for name in names:
         cells = [str(len(rows[name, shared[0]])) if name not in UNTRAINED else "–"]
         cells += [
@@ -80,11 +80,10 @@ def section(path: Path) -> str:
             gap = with_interval(percentile_interval(best[name] - best[ours], drawn[name] - drawn[ours], 0.95), "+")
         distinct = np.mean([row["distinct_2"] for row in rows[name, min(shared)]])
         lines.append([name, *cells, gap, f"{distinct:.2f}"])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     return (
         f"## Smaller sets at decoding\n\nFrom `{path}`, which `python benchmarks/experiments decoding` makes: Rouge-L "
         "to references of teacher, start and students of several training seeds on the 200 screening prompts, "
         f"temperature 1, two sampling seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from "
         "when it answers, at no cost; the last difference compares each at its best of the top-p that all have, chosen "
-        f"on these prompts and anew in each resample, paired, 95 %.\n\n{table}\n"
+        f"on these prompts and anew in each resample, paired, 95 %.\n\n{markdown(lines)}\n"
     )

@@ -16,7 +16,7 @@ from finals import Load
 from plan import BASE, RESULTS, SCREENING_SEEDS, Method, studied
 from scores import TOP_P
 from setups import Setup
-from tables import UNTRAINED, short_name
+from tables import UNTRAINED, markdown, short_name
 
 from tdistill.evaluation.exposure import PositionSums, exposure, kl_by_position
 from tdistill.evaluation.generation import sample_answers
@@ -71,25 +71,24 @@ def section(path: Path, figure: str) -> str:
     """The section of docs/results.md."""
     content = json.loads(path.read_text())
     lines = [
-        "| | training seed | length | KL on own prefixes | KL on the teacher's | excess accumulated error |",
-        "|---" + "|---:" * 5 + "|",
+        ["", "training seed", "length", "KL on own prefixes", "KL on the teacher's", "excess accumulated error"],
     ]
     for curve in content["curves"]:
         last = curve["points"][-1]
         length = last["length"]
         own, teacher = (sum(curve[key][:length]) / length for key in ("kl_own_prefixes", "kl_teacher_prefixes"))
         interval = "" if last["low"] is None else f" [{last['low']:.3f}, {last['high']:.3f}]"
-        seed = "–" if curve["subject"] in UNTRAINED else curve["training_seed"]
-        cells = [curve["subject"], seed, length, f"{own:.3f}", f"{teacher:.3f}", f"{last['value']:.3f}{interval}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    table = "\n".join(lines)
+        seed = "–" if curve["subject"] in UNTRAINED else str(curve["training_seed"])
+        numbers = [f"{own:.3f}", f"{teacher:.3f}", f"{last['value']:.3f}{interval}"]
+        lines.append([curve["subject"], seed, str(length), *numbers])
     return (
         f"## Exposure bias\n\nFrom `{path}`, which `python benchmarks/experiments exposure` makes: the 200 screening "
         f"prompts, sampling seed {content['sampling_seed']}, against the teacher's answers to the same prompts, which "
         "are drawn from sets of at most 64 tokens; the student's are not. KL(teacher‖student), nats per "
         "token, mean over the positions up to the length; the excess is the share by which it is larger on the "
         "student's own prefixes (MiniLLM's excess accumulated error), 95 % intervals over prompts. Below 0: the "
-        f"student's own prefixes are easier for it than the teacher's.\n\n{table}\n\n![Exposure bias]({figure})\n"
+        f"student's own prefixes are easier for it than the teacher's.\n\n{markdown(lines)}\n\n"
+        f"![Exposure bias]({figure})\n"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from plan import (
     BUDGET,
     CHOSEN,
     COST_ONE,
+    CURVES,
     EXPERIMENTS,
     FIRST,
     FROZEN,
@@ -22,6 +24,7 @@ from plan import (
     OURS,
     START_OF_TESTS,
     STEPS,
+    WITH_CAPTURE,
     asked_s,
     at_cost_one,
     at_rate,
@@ -29,8 +32,10 @@ from plan import (
     times,
 )
 
+from tdistill.objectives import OffSupport
 from tdistill.reports.plots import curves_chart
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
+from tdistill.training.arguments import TDistillConfig
 
 _LEVEL, _SEED = 0.95, 0
 # Metric → heading, and whether more is better.
@@ -64,11 +69,17 @@ def screening_section() -> str:
         "",
         "Intervals: 95 %, bootstrap over prompts and, where there are several, training seeds; over two or three "
         "trainings they are a rough guide. Differences are paired by prompt. Bold: the best of a column, of the rows "
-        "with more than one training seed if there are any; ≈: a row with several seeds that is not separated from "
-        "it. ¹: one training seed, which does not say how far another training would be, so that the row is not "
-        "compared with the best; its differences are those of one training. The experiments' default and the learning "
-        "rates were chosen by Rouge-L on these prompts, so their scores look better here than on others, and nothing "
-        "corrects for the number of rows.",
+        "with several training seeds; ≈: such a row that is not separated from it. ¹: one training seed, which does "
+        "not say how far another training would be; where a row with one is better than all with several, or fewer "
+        "than two have several, no best is marked. ²: one training seed, and the batches are those of the start's "
+        "healing again in their order, which no other row has. The experiments' default and the learning rates were "
+        "chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here than on others, and "
+        "nothing corrects for the number of rows.",
+        "",
+        "Needs: what training needs beside the store: the teacher in memory, answers of the student (rollouts), or "
+        "logits of the whole vocabulary. KL and loss: nats per token. Tokens: mean length of the sampled answers. "
+        "Ended: share of them that ended within their limit. Distinct-2: share of an answer's bigrams that are "
+        "distinct. Rouge-L to the teacher in its own row: its new answers against its stored ones.",
         "",
     ]
     return "\n".join(parts + _sizes())
@@ -84,7 +95,9 @@ def experiment_section(path: Path) -> str:
     same = {key: value for key, value in first.items() if all(of[key] == value for of in facts.values())}
     length = f"{second['max_steps']} steps" if name != "e8" else "the steps of its row"
     rate = "the learning rate chosen for it"
-    if name == "e1":
+    if name == "e8":
+        rate = "the learning rate that it names"
+    elif name == "e1":
         rate = f"learning rate {second['learning_rate']:g} unless the row names another"
     parts = [
         f"## {experiment.title}",
@@ -167,15 +180,16 @@ def measured(rows: _Rows, metric: str) -> Measured:
 
 
 def cost_figure(path: Path, with_capture: bool) -> str:
-    """Scores over cost, a line per method, without or with what asking the teacher costs."""
+    """Scores over cost of the rows at the chosen rates, a line per method, without or with what asking costs."""
     cost = _with_capture if with_capture else _seconds
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    rows = _by_method([row for row in cost_rows(path) if _at_chosen_rate(row["method"]) is not None])
+    rows = _by_method([row for row in cost_rows(path) if _at_chosen_rate(row["method"]) in CURVES])
+    rows = {name: mine for name, mine in rows.items() if not name.endswith((WITH_CAPTURE, "search"))}
     for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, mine in rows.items():
             point = (cost(mine[0]) / 60, measured(mine, metric).value)
-            curves.setdefault(_method_of(name), []).append(point)
+            curves.setdefault(short_name(name), []).append(point)
         panels[title] = {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in curves.items()}
     name, counted = ("cost-with-capture", "and of capture") if with_capture else ("cost", "without capture")
     return curves_chart(name, "Scores over cost", f"minutes of training, {counted}", panels)
@@ -200,9 +214,9 @@ def _reach(rows: _Rows) -> list[str]:
 
     ours = sorted(found.pop(OURS, []), key=lambda row: _seconds(methods[row][0]))
     lines = [
-        ["", "costs tried, s", "best Rouge-L", "less the start's", "cost of the default above it, s", "by",
-         "dearest / this cost", "with scores of references"],
-        ["---"] + ["---:"] * 7,
+        ["", "costs tried, s", "best Rouge-L", "less the start's", "cost of the default above it, s",
+         "its lead over the other's best row", "the other's dearest row costs, times",
+         "with scores of references, times"]
     ]  # fmt: skip
     best = {name: max(of, key=lambda row: values[row].value) for name, of in found.items()}
     for name, row in sorted(best.items(), key=lambda item: -values[item[1]].value):
@@ -217,7 +231,7 @@ def _reach(rows: _Rows) -> list[str]:
         cells += [f"{_seconds(own):.0f}", with_interval(above(separated[0], row), "+")]
         ratios = (_seconds(dearest) / _seconds(own), _with_capture(dearest) / _with_capture(own))
         lines.append([*cells, *(f"{ratio:.1f}" for ratio in ratios)])
-    if len(lines) == 2:
+    if len(lines) == 1:
         return []
     return [
         "What a score costs, of the rows above at the chosen rates with more than one training: the cheapest row of "
@@ -227,7 +241,7 @@ def _reach(rows: _Rows) -> list[str]:
         "the start, which costs nothing here, it says no more than that. With scores of references: those that the "
         "steps read are added.",
         "",
-        "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+        markdown(lines),
         "",
     ]
 
@@ -235,19 +249,33 @@ def _reach(rows: _Rows) -> list[str]:
 def tests_section(path: Path) -> str:
     """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
     content = json.loads(path.read_text())
-    if not (lines := _test_lines(content["rows"])):
+    if not (rows := _test_rows(content["rows"])):
         return ""
     seeds = sorted({row["sampling_seed"] for row in content["rows"]})
+    sets = {row["set"]: len(row["rouge_l"]) for row in content["rows"]}
+    num_sets = len(sets) + 1
+    scores = [
+        ["", "seeds", "needs", *sets, "mean", "share of the teacher's", "distinct-2", "parameters, M", "tokens/s"]
+    ]
+    scores += [[row.name, row.seeds, _needs(row.name), *row.scores, row.share, row.distinct, *row.size] for row in rows]
+    less = [["", *(f"{name} less the default's" for name in [*sets, "mean"])]]
+    less += [[row.name, *row.less] for row in rows if row.less != ["–"] * num_sets]
     parts = [
         "## Test sets, equal cost",
         "",
-        f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L to references, temperature 1, "
-        f"top-p 0.8, sampling seeds {', '.join(map(str, seeds))}. Each "
-        "frozen recipe was looked at once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each "
-        "set by themselves, and training seeds where there are several; differences are paired by prompt. Weights in "
-        f"{content['dtype']} for sampling. Equal cost is that of training. {_asked_before()}",
+        f"From `{path}`, which `python benchmarks/experiments tests` makes: Rouge-L (F1) to references, temperature 1, "
+        f"top-p 0.8, sampling seeds {', '.join(map(str, seeds))}, of answers to "
+        f"{', '.join(f'{number} prompts of {name}' for name, number in sets.items())}; those of Vicuna have answers of "
+        "GPT-3.5 for references, the others people's. The mean is that of the sets. Each frozen recipe was looked at "
+        "once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each set by themselves, and "
+        "training seeds where there are several; differences are paired by prompt. Bold: the best student of a column; "
+        f"≈: not separated from it. Weights in {content['dtype']} for sampling. Size and speed are those of the models "
+        "in float32, one answer at a time on two CPU cores. Equal cost is that of training. "
+        f"{_asked_before()} Needs and distinct-2: see the tables of the screening prompts.",
         "",
-        "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+        markdown(scores),
+        "",
+        markdown(less),
         "",
     ]
     return "\n".join(parts)
@@ -271,20 +299,30 @@ def _asked_before() -> str:
 
 def test_scores(path: Path) -> str:
     """The table of the test sets with the difference of the mean alone, for the README."""
-    lines = _test_lines(json.loads(path.read_text())["rows"]) if path.is_file() else []
-    num_scores = lines[0].index("mean") + 1 if lines else 0
-    short = [[*cells[:num_scores], *cells[-2:]] for cells in lines]
-    if short:
-        short[0][num_scores] = f"mean less that of {_SHOWN[OURS]}"
-    if all(cells[-1] == "–" for cells in short[2:]):  # before the teacher was looked at
-        short = [cells[:-1] for cells in short]
-    for cells in short[2:]:
-        cells[0] = short_name(cells[0])
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in short)
+    looks = json.loads(path.read_text())["rows"] if path.is_file() else []
+    if not (rows := _test_rows(looks)):
+        return ""
+    head = ["", "seeds", *dict.fromkeys(row["set"] for row in looks), "mean", f"mean less that of {_SHOWN[OURS]}"]
+    lines = [[*head, "share of the teacher's", "parameters, M", "tokens/s"]]
+    lines += [[short_name(row.name), row.seeds, *row.scores, row.less[-1], row.share, *row.size] for row in rows]
+    return markdown(lines) + "\n"
 
 
-def _test_lines(looks: _Rows) -> list[list[str]]:
-    """Lines of the table of the test sets; none before the default was looked at on all of them."""
+@dataclass(frozen=True)
+class _TestRow:
+    """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest."""
+
+    name: str
+    seeds: str
+    scores: list[str]
+    less: list[str]
+    share: str
+    distinct: str
+    size: list[str]
+
+
+def _test_rows(looks: _Rows) -> list[_TestRow]:
+    """Rows of the table of the test sets; none before the default was looked at on all of them."""
     rows, sets = looks_complete(looks), list(dict.fromkeys(row["set"] for row in looks))
     if not any(row["method"].startswith(OURS) for row in rows):
         return []
@@ -296,22 +334,46 @@ def _test_lines(looks: _Rows) -> list[list[str]]:
             values.setdefault(name, {})[method] = Measured(sums, np.ones(sums.shape[:2]))
     draws = {name: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for name, of in values.items()}
     methods = list(values[sets[0]])
+    num_seeds = {method: len(values[sets[0]][method].sums_RPS) for method in methods}
+    # Of each set, and then of the mean.
     points = {method: np.array([values[name][method].value for name in sets]) for method in methods}
+    points = {method: np.append(of, of.mean()) for method, of in points.items()}
     drawn = {method: np.array([draws[name][method] for name in sets]) for method in methods}
+    drawn = {method: np.append(of, of.mean(0, keepdims=True), axis=0) for method, of in drawn.items()}
+    marks = [
+        _marks({m: points[m][i] for m in methods}, num_seeds, {m: drawn[m][i] for m in methods}, True)
+        for i in range(len(sets) + 1)
+    ]
     ours = next(method for method in methods if method.startswith(OURS))
-    less = [f"{name} less the default's" for name in [*sets, "mean"]]
-    lines = [["", "seeds", *sets, "mean", *less, "share of the teacher's"]]
-    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
-    for method in sorted(methods, key=lambda method: -points[method].mean()):
-        both = [(points[method], drawn[method], ""), (points[method] - points[ours], drawn[method] - drawn[ours], "+")]
-        cells = [str(len(values[sets[0]][method].sums_RPS))]
-        for point, of_draws, sign in both:
-            for value, of_value in [*zip(point, of_draws, strict=True), (point.mean(), of_draws.mean(0))]:
-                shown = with_interval(percentile_interval(float(value), of_value, _LEVEL), sign)
-                cells.append("–" if sign and method == ours else shown)
-        share = f"{points[method].mean() / points['teacher'].mean():.1%}" if "teacher" in points else "–"
-        lines.append([method, *cells, share])
-    return lines
+    models, distinct = times().get("models", {}), _by_method([row for row in rows if "distinct_2" in row])
+    found = []
+    for method in sorted(methods, key=lambda method: -points[method][-1]):
+        cells: dict[str, list[str]] = {"": [], "+": []}
+        for sign, of in cells.items():
+            for i, column in enumerate(marks):
+                less = (points[ours][i], drawn[ours][i]) if sign else (0.0, 0.0)
+                shown = percentile_interval(float(points[method][i] - less[0]), drawn[method][i] - less[1], _LEVEL)
+                form = "{}" if sign else column.get(method, "{}")
+                of.append("–" if sign and method == ours else form.format(with_interval(shown, sign)))
+        share = "–"
+        if "teacher" in points:
+            ratio = points[method][-1] / points["teacher"][-1], drawn[method][-1] / drawn["teacher"][-1]
+            share = with_interval(percentile_interval(float(ratio[0]), ratio[1], _LEVEL), "", ".1%")
+        of_model = models.get("teacher" if method == "teacher" else "student")
+        size = [f"{of_model['num_parameters'] / 1e6:.1f}", f"{of_model['decode_tokens_per_s']:.1f}"] if of_model else []
+        bigrams = [np.mean(row["distinct_2"]) for row in distinct.get(method, [])]
+        found.append(
+            _TestRow(
+                method,
+                "–" if method in UNTRAINED else str(num_seeds[method]),
+                cells[""],
+                cells["+"],
+                share,
+                f"{np.mean(bigrams):.2f}" if bigrams else "–",
+                size or ["–", "–"],
+            )
+        )
+    return found
 
 
 def looks_complete(rows: _Rows) -> _Rows:
@@ -325,7 +387,7 @@ def paper_section(path: Path, tests: Path) -> str:
     """The paper's figures beside ours, where the test sets were looked at."""
     paper = json.loads(path.read_text())
     rows = looks_complete(json.loads(tests.read_text())["rows"])
-    lines = [["", *paper["pairs"], "here, 135M to 81M"], ["---"] + ["---:"] * (len(paper["pairs"]) + 1)]
+    lines = [["", *paper["pairs"], "here, 135M to 81M"]]
 
     def here(method: str) -> str:
         scores = [
@@ -346,11 +408,12 @@ def paper_section(path: Path, tests: Path) -> str:
             f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
-            "Alpaca's. Bellman Distill with a temporal part did not meet the test sets: on dev data it was no better "
-            'than its twin without ("Objectives compared"). The last row is iq_learn with alpha = inf, in which '
-            "nothing is temporal, on answers of people that the teacher scored. Columns do not compare.",
+            "Alpaca's. Bellman Distill with a temporal part has no row: by KL it was no better than its twin without "
+            '("Objectives compared", the real scale of which was measured on 48 prompts of DollyEval). The last row is '
+            "iq_learn with alpha = inf, in which nothing is temporal, on answers of people that the teacher scored. "
+            "Columns do not compare.",
             "",
-            "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+            markdown(lines),
             "",
         ]
     )
@@ -403,13 +466,14 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
     against = "Rouge-L less that of " + ("the default" if ours and ours.startswith(OURS) else str(ours))
     extra = ["steps", "cost, s", "with scores of references, s"] if costs else []
-    head = ["", "seeds", *extra, *(title for title, _ in _METRICS.values()), against, "share of the teacher's Rouge-L",
-            *(title for title, _ in _ANSWERS.values())]  # fmt: skip
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    marks = {metric: _marks(values[metric], draws[metric], more) for metric, (_, more) in _METRICS.items()}
+    lines = [["", "seeds", "needs", *extra, *(title for title, _ in _METRICS.values()), against,
+              "share of the teacher's Rouge-L", *(title for title, _ in _ANSWERS.values())]]  # fmt: skip
+    points = {metric: {name: value.value for name, value in of.items()} for metric, of in values.items()}
+    num_seeds = {name: len(mine) for name, mine in methods.items()}
+    marks = {metric: _marks(points[metric], num_seeds, draws[metric], more) for metric, (_, more) in _METRICS.items()}
     for name in sorted(methods, key=lambda name: (name not in UNTRAINED, -values["rouge_l"][name].value)):
         mine = methods[name]
-        cells = [str(len(mine)), *(costs(mine[0]) if costs else [])]
+        cells = [_seeds_of(mine), _needs(name), *(costs(mine[0]) if costs else [])]
         for metric in _METRICS:
             shown = with_interval(percentile_interval(values[metric][name].value, draws[metric][name], _LEVEL))
             cells.append(marks[metric].get(name, "{}").format(shown))
@@ -425,7 +489,38 @@ def _table(rows: _Rows, costs: Any = None) -> str:
             of_draws = draws["rouge_l"][name] / draws["rouge_l"]["teacher"]
             share = with_interval(percentile_interval(point, of_draws, _LEVEL), "", ".1%")
         lines.append([name, *cells, gap, share, *(_of_answers(mine, key, form) for key, (_, form) in _ANSWERS.items())])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head and whose first column is text."""
+    head, *body = lines
+    ruled = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in ruled)
+
+
+def _seeds_of(rows: _Rows) -> str:
+    """How many training seeds; of one, whether its batches are those of the start again."""
+    if rows[0]["method"] in UNTRAINED:
+        return "–"
+    again = "data_seed" not in rows[0] and not rows[0]["method"].partition(", learning rate")[0].endswith("references")
+    return str(len(rows)) + ("" if len(rows) > 1 else "²" if again else "¹")
+
+
+def _needs(row: str) -> str:
+    """What the training of a row needs beside its store."""
+    if row in UNTRAINED:
+        return "–"
+    method = METHODS[_method_of(row)]
+    args = TDistillConfig("unused", **method.args)
+    objective = args.build_objective()
+    off_support = OffSupport(args.off_support) if objective.uses_off_support else None
+    needs = {
+        "teacher": objective.needs_teacher,
+        "rollouts": method.rollouts is not None,
+        "vocabulary": "vocabulary" in (objective.support, off_support and off_support.support),
+    }
+    return ", ".join(name for name, needed in needs.items() if needed) or "–"
 
 
 def _of_answers(rows: _Rows, key: str, form: str) -> str:
@@ -434,28 +529,30 @@ def _of_answers(rows: _Rows, key: str, form: str) -> str:
     return format(np.mean(found), form) if found else "–"
 
 
-def _marks(values: dict[str, Measured], draws: dict[str, np.ndarray], more: bool) -> dict[str, str]:
-    """Formats of the best student of a column, of those that are not separated from it, and of those trained once.
+def _marks(
+    points: dict[str, float], num_seeds: dict[str, int], draws: dict[str, np.ndarray], more: bool
+) -> dict[str, str]:
+    """Formats of the best student of a column and of those that are not separated from it.
 
-    No interval says how far another training of a row with one training seed would be, so the best is one with more if
-    there is any, and a row with one is not compared with it.
+    No interval says how far another training of a row with one training seed would be, so such rows are not compared;
+    where one of them is better than all others, no best is known.
     """
-    students = {name: value.value for name, value in values.items() if name not in UNTRAINED}
-    if len(students) < 2:
+    students = {name: point if more else -point for name, point in points.items() if name not in UNTRAINED}
+    seeded = [name for name in students if num_seeds[name] > 1]
+    if len(seeded) < 2 or (best := max(students, key=lambda name: students[name])) not in seeded:
         return {}
-    seeded = [name for name in students if len(values[name].sums_RPS) > 1] or list(students)
-    best = (max if more else min)(seeded, key=lambda name: students[name])
     marks = {best: "**{}**"}
-    for name in students.keys() - {best}:
-        gap = percentile_interval(students[name] - students[best], draws[name] - draws[best], _LEVEL)
-        if len(values[name].sums_RPS) > 1 and gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
+    for name in set(seeded) - {best}:
+        gap = percentile_interval(points[name] - points[best], draws[name] - draws[best], _LEVEL)
+        if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
             marks[name] = "≈ {}"
-    one_training = [name for name in students if len(values[name].sums_RPS) == 1]
-    return marks | {name: marks.get(name, "{}") + "¹" for name in one_training}
+    return marks
 
 
 def _best_of_ours(methods: dict[str, _Rows]) -> str | None:
-    """Of the rows of the default objective, the one with most seeds, then with the higher Rouge-L."""
+    """The default at equal cost; without it, of the rows of its objective the one with most seeds, then Rouge-L."""
+    if (name := at_cost_one(OURS)) in methods:
+        return name
     own = [name for name in methods if name.startswith(OURS)] or [n for n in methods if n.startswith("bellman_distill")]
     return max(own, key=lambda name: (len(methods[name]), measured(methods[name], "rouge_l").value), default=None)
 

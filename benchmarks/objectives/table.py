@@ -22,6 +22,14 @@ COLUMNS = {
 }
 
 
+_TWIN = ", gamma 0"
+# What is wrong with the order of batches, by scale.
+_ORDER = {
+    "real": " The second phase begins with the batches of the SFT phase again, in their order, which costs SFT more "
+    "than the others (experiments.md), so its distance to them is too large."
+}
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval over seeds (Student's t); NaN for one seed."""
     if len(values) < 2:
@@ -31,6 +39,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _shown(values: np.ndarray) -> str:
+    if len(values) == 2:  # an interval of two is too wide to say anything
+        return " and ".join(f"{value:.3f}" for value in sorted(values))
     mean, half = interval(values)
     return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
 
@@ -55,13 +65,15 @@ def comparison_section(path: Path) -> str:
             f"{second['response_tokens_per_batch']} response tokens at learning rate {second['learning_rate']:g}, "
             f"and {f'p = {p:g}' if (p := second.get('p')) else 'the p of the store'}, unless the row names another. "
             "Means over seeds with 95 % intervals (Student's t) where there are several; "
-            "the differences are paired by seed, so read a row of one seed by them. Held-out prompts unless a column "
-            "says dev; divergences and losses in nats per token. Off-support control asks for the teacher's own mass "
-            "on the sets (`off_support_target: teacher`).",
+            "the differences are paired by seed: read a row with fewer seeds than the first by them. Held-out prompts "
+            "unless a column says dev; divergences and losses in nats per token. KL, set and tail: over the tokens of "
+            "the set, and all others as one event. Off-support control asks for the teacher's own mass on the sets "
+            f"(`off_support_target: teacher`) unless the row says otherwise.{_ORDER.get(scale, '')}",
             "",
             f"Before the second phase: {start}.",
             "",
             comparison_tables(content),
+            *_twins(content["rows"]),
         ]
     )
 
@@ -72,7 +84,7 @@ def comparison_tables(content: dict[str, Any]) -> str:
     columns = [name for name in COLUMNS if name in rows[0]["held_out"]]
     head = ["", "seeds", "dev: KL, set and tail", *(COLUMNS[name] for name in columns), "less the first row's: dev"]
     step_s = content.get("step_s", {})  # of a quiet machine alone
-    head += ["KL(teacher‖student)", *(["s per step"] if step_s else [])]
+    head += ["less the first row's: KL(teacher‖student)", *(["s per step"] if step_s else [])]
     parts = []
     for title, names in QUESTIONS[content["scale"]].items():
         found = {name: _by_seed(rows, name) for name in names}
@@ -88,6 +100,33 @@ def comparison_tables(content: dict[str, Any]) -> str:
             lines.append("| " + " | ".join([name, str(len(mine)), *cells, *gaps, *step]) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _twins(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of what the value of the next state adds: each row less its twin with γ = 0."""
+    names = dict.fromkeys(row["variant"] for row in rows)
+    lines = []
+    for name in names:
+        twin = _by_seed(rows, f"{name.partition(', gamma')[0]}{_TWIN}")
+        mine = _by_seed(rows, name)
+        if not twin or name.endswith(_TWIN) or len(mine.keys() & twin.keys()) < 2:
+            continue
+        gaps = [_gap(mine, twin, kl) for kl in (_dev_kl, _kl)]
+        lines.append("| " + " | ".join([name, str(len(mine.keys() & twin.keys())), *gaps]) + " |")
+    if not lines:
+        return []
+    head = ["", "seeds", "dev: KL, set and tail, less the twin's", "KL(teacher‖student), less the twin's"]
+    return [
+        "### What is temporal: each member less its twin with γ = 0",
+        "",
+        "Below 0: closer to the teacher than without the value of the next state. γ is 0.99 unless the row names "
+        "another. No correction for the number of rows.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+        *lines,
+        "",
+    ]
 
 
 def _by_seed(rows: list[dict[str, Any]], variant: str) -> dict[int, dict[str, Any]]:

@@ -263,7 +263,10 @@ def curves_chart(
             for index, (label, (x, y)) in enumerate(curves.items()):
                 _line(axes, index, x, y, label)
             axes.set(xlabel=x_label, ylabel=quantity)
-        axes_list[0].legend(fontsize=8)
+        # Below the panels: beside long labels there is no room for curves.
+        whole = axes_list[0].get_figure()
+        assert isinstance(whole, Figure)
+        whole.legend(*axes_list[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
     told = "; ".join(
         f"{quantity}, {label}: {', '.join(map(format_number, y))} at {', '.join(map(format_number, x))}"
