@@ -191,7 +191,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert low < -0.01 < high
     short = [line.strip("| ").split(" | ") for line in modules.tables.test_scores(path).splitlines()]
     assert [line[0] for line in short[2:]] == ["iq_learn on scored references", "teacher", "seqkd"]
-    assert short[0][-4] == "mean less that of iq_learn on scored references"
+    assert short[0][-5] == "mean less that of iq_learn on scored references"
     assert short[-1][1:7] == ["3", *scores[3:6], less[3], scores[6]]
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 

@@ -163,11 +163,11 @@ def teacher_rows(path: Path, rows: _Rows, setups: list[Claims]) -> _Rows:
 
 def cost_rows(path: Path) -> _Rows:
     """Rows of equal cost with those of the main table: the default's, of others at the chosen rates, the untrained."""
-    main = json.loads(path.with_name("e1.json").read_text())["rows"]
+    main, own = (json.loads(of.read_text())["rows"] if of.is_file() else [] for of in (path.with_name("e1.json"), path))
     ours = tuple(f"{name}, learning rate" for name in COST_ONE)
     also = {*UNTRAINED, *(at_rate(name, rate)[0] for name, rate in CHOSEN.items())}
     shared = [row for row in main if row["method"] in also or row["method"].startswith(ours)]
-    return shared + json.loads(path.read_text())["rows"]
+    return shared + own
 
 
 def measured(rows: _Rows, metric: str) -> Measured:
@@ -303,8 +303,11 @@ def test_scores(path: Path) -> str:
     if not (rows := _test_rows(looks)):
         return ""
     head = ["", "seeds", *dict.fromkeys(row["set"] for row in looks), "mean", f"mean less that of {_SHOWN[OURS]}"]
-    lines = [[*head, "share of the teacher's", "parameters, M", "tokens/s"]]
-    lines += [[short_name(row.name), row.seeds, *row.scores, row.less[-1], row.share, *row.size] for row in rows]
+    lines = [[*head, "share of the teacher's", "KL(teacher‖student), dev prompts", "parameters, M", "tokens/s"]]
+    dev = _by_method(cost_rows(path.with_name("e8.json")))
+    for row in rows:
+        kl = f"{measured(dev[row.name], 'kl_sum').value:.2f}" if row.name in dev else "–"
+        lines.append([short_name(row.name), row.seeds, *row.scores, row.less[-1], row.share, kl, *row.size])
     return markdown(lines) + "\n"
 
 
