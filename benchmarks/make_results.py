@@ -27,6 +27,7 @@ from tables import (
     cost_figure,
     experiment_section,
     markdown,
+    not_better_section,
     paper_section,
     screening_section,
     test_scores,
@@ -72,6 +73,8 @@ def page() -> str:
         parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
     if made := [runs / f"{name}.json" for name in EXPERIMENTS if (runs / f"{name}.json").is_file()]:
         parts += [screening_section(), *map(experiment_section, made)]
+    if (runs / "e1.json").is_file():
+        parts.append(not_better_section(runs / "e1.json"))
     if (runs / "sparsity.json").is_file():
         parts.append(_sparsity(runs / "sparsity.json"))
     parts += [
@@ -131,7 +134,8 @@ def _not_run() -> str:
 
 def _seeds(seeds: list[int]) -> str:
     several = sorted(set(seeds))
-    return "" if several == [0] else f" (training seed {', '.join(map(str, several))})"
+    shown = f"s {several[0]} to {several[-1]}" if len(several) > 2 else f" {' and '.join(map(str, several))}"
+    return "" if several == [0] else f" (training seed{shown})"
 
 
 def _sparsity(path: Path) -> str:

@@ -357,7 +357,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             [replace(BASE, name=f"answers-{n}", num_train=250, answers_per_prompt=n) for n in (1, 2, 4)],
             chosen(FIRST, "seqkd"),
         ),
-        "250 prompts in place of 1,000. A phase reads about 41,000 response tokens: each answer 2.8 times with one to a "
+        "250 prompts in place of 1,000. A phase reads some 41,000 response tokens: each answer 2.8 times with one to a "
         "prompt, 1.4 times with two, 0.7 times with four. So what differs is repetition as much as the number of "
         "answers.",
     ),

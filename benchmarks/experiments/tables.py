@@ -311,6 +311,32 @@ def test_scores(path: Path) -> str:
     return markdown(lines) + "\n"
 
 
+def not_better_section(main: Path) -> str:
+    """What did not work: rows that end separated below the start they go on from."""
+    rows = json.loads(main.read_text())["rows"]
+    methods = _by_method(rows + [row for row in cost_rows(main.with_name("e8.json")) if row not in rows])
+    values = {name: measured(mine, "rouge_l") for name, mine in methods.items()}
+    draws = dict(zip(values, resample(list(values.values()), _SEED), strict=True))
+    below = {}
+    for name, value in values.items():
+        gap = percentile_interval(value.value - values["start"].value, draws[name] - draws["start"], _LEVEL)
+        if name not in UNTRAINED and gap.high is not None and gap.high < 0:
+            below[name] = gap
+    if not below:
+        return ""
+    lines = [["", "seeds", "Rouge-L less the start's"]]
+    lines += [
+        [name, _seeds_of(methods[name]), with_interval(gap, "+")]
+        for name, gap in sorted(below.items(), key=lambda item: item[1].value or 0.0)
+    ]
+    return (
+        "## What did not work\n\nRows of the main table and of equal cost that end below the start which they go on "
+        "from, by Rouge-L to references on the screening prompts, with an interval that excludes 0. Of the members of "
+        'the temporal-difference family "Objectives compared" says it, twin by twin, and of all that was tried '
+        f"[LOG.md](LOG.md).\n\n{markdown(lines)}\n"
+    )
+
+
 @dataclass(frozen=True)
 class _TestRow:
     """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest."""
