@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tdistill.config import Recipe
 from tdistill.errors import DataFileError, RunFolderError, TDistillError
-from tdistill.store import Store
+from tdistill.store.read import kept_jobs
 
 SPLITS = ("train", "dev", "held_out")
 # What a machine has room for; answers and students do not depend on it, but for the rounding of sums.
@@ -88,7 +88,7 @@ def link_stores(folder: Path, source: str | None) -> None:
 
 
 def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[str], num_answers: int = 0) -> None:
-    """Raise unless a finished store is about the prompts that are asked for now.
+    """Raise unless a store, finished or not, is about the prompts that are asked for now.
 
     Args:
         recipe: that asks.
@@ -100,9 +100,7 @@ def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[s
         DataFileError: the store has answers to other prompts, which would be trained on and measured.
         RunFolderError: another run's store lacks some.
     """
-    if not (path / "manifest.json").is_file():
-        return
-    jobs, asked = set(Store.open(path, verify=False).jobs), set(prompt_ids)
+    jobs, asked = kept_jobs(path), set(prompt_ids)
     source = f"{getattr(recipe.data, split)} (data.{split})"
     gone = sorted({name for name, _ in jobs if not {name, name.rsplit("#turn-", 1)[0]} & asked})
     if gone:

@@ -54,6 +54,20 @@ def read_jobs(file: Path) -> list[tuple[str, int, str]]:
     return list(zip(prompt_ids, answer_indices, [digest.hex() for digest in digests], strict=True))
 
 
+def kept_jobs(path: Path) -> set[tuple[str, int]]:
+    """(prompt id, answer index) of what a capture into a folder keeps: of its store, and of whole shards in no store.
+
+    Raises:
+        StoreCorruptError: the manifest or the index is damaged.
+    """
+    store = Store.open(path) if (path / schema.MANIFEST).exists() else None
+    jobs, listed = (set(store.jobs), {entry["file"] for entry in store.shards}) if store else (set(), set())
+    for file in schema.shard_files(path):
+        if file.name not in listed and f"-{file_sha256(file)[:16]}.parquet" in file.name:
+            jobs |= {(prompt_id, answer_index) for prompt_id, answer_index, _ in read_jobs(file)}
+    return jobs
+
+
 @dataclass(frozen=True)
 class _RowGroup:
     """Decoded trajectories, one after another; ``*_at`` are the places where each begins, and the end."""
