@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -55,7 +56,15 @@ from tdistill.prompts import (
 )
 from tdistill.reports.card import write_model_card
 from tdistill.reports.html import write_report
-from tdistill.run_folder import SPLITS, check_asked, differing_lines, environment, link_stores
+from tdistill.run_folder import (
+    SPLITS,
+    check_asked,
+    differing_lines,
+    environment,
+    folder_lock,
+    link_stores,
+    only_process,
+)
 from tdistill.store import Store
 from tdistill.store.capture import capture as capture_store
 from tdistill.teachers.hf import HFTeacher
@@ -71,6 +80,18 @@ from tdistill.types import PromptTokens
 log = logging.getLogger(__name__)
 # Share of cut answers from which on a capture says so.
 _MANY_CUT = 0.1
+T = TypeVar("T")
+
+
+def _alone(stage: Callable[[Run], T]) -> Callable[[Run], T]:
+    """A stage during which no other process works in the run's folder."""
+
+    @functools.wraps(stage)
+    def locked(run: Run) -> T:
+        with only_process(run.lock, run.say):
+            return stage(run)
+
+    return locked
 
 
 class Run:
@@ -81,20 +102,24 @@ class Run:
         say: receives one line per step, for the terminal.
     Raises:
         ConfigError: one of several processes.
-        RunFolderError: the folder holds another run, or things that are no run; names what differs.
+        RunFolderError: the folder holds another run, or things that are no run; names what differs. Also where another
+            process works in it, now or when a stage is called.
     """
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = log.info) -> None:
         self.recipe, self.say, self.folder = recipe, say, Path(recipe.output)
+        self.lock = folder_lock(self.folder)
         if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
             raise ConfigError(
                 f"A run is one process, and this is one of {processes} (WORLD_SIZE). Start tdistill without torchrun "
                 "and accelerate; to train in several processes, use TDistillTrainer on the run's stores."
             )
+        self._files()  # before the lock leaves its file in somebody's folder
         self._claim_folder()
 
     # ---- stages ----
 
+    @_alone
     def run(self) -> Path:
         """Capture, train, evaluate and report; return the path of the report."""
         report = self.folder / "report.html"
@@ -129,6 +154,7 @@ class Run:
             whole = whole and (self.recipe.data.too_long == "skip" or not added)
         return whole
 
+    @_alone
     def capture(self) -> None:
         """Ask the teacher for the trajectories of all splits, and make the start of training from it.
 
@@ -186,6 +212,7 @@ class Run:
                 )
         self._make_start(teacher)
 
+    @_alone
     def train(self) -> None:
         """Train every phase that is not trained yet.
 
@@ -206,6 +233,7 @@ class Run:
             _publish_copy(self.phase_path(self.recipe.final_phase), self.folder / "student")
         self._join_metrics()
 
+    @_alone
     def evaluate(self) -> Path:
         """Measure teacher, start and phases on the held-out split; return the path of ``results.json``.
 
@@ -268,6 +296,7 @@ class Run:
         write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
+    @_alone
     def report(self) -> Path:
         """Write ``report.html`` and the student's model card from the run's JSON files."""
         write_model_card(self.folder)
@@ -316,20 +345,26 @@ class Run:
         data = self.recipe.data
         return read_records(getattr(data, split), getattr(data, f"{split}_split"), getattr(data, f"{split}_config"))
 
-    def _claim_folder(self) -> None:
-        path, environment_path = self.folder / "recipe.yaml", self.folder / "environment.json"
+    def _files(self) -> set[Path]:
+        """Files of the run; raise RunFolderError if there are others only."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Hidden files are what a kill has left of something unfinished.
+            # Hidden files are the lock, and what a kill has left of something unfinished.
             files = {file for file in self.folder.rglob("*") if file.is_file() and not file.name.startswith(".")}
         except OSError as error:
             raise RunFolderError(
                 f"{self.folder} cannot be used: {error.strerror}. Choose another folder with output=FOLDER."
             ) from error
-        if files and path not in files:
+        if files and self.folder / "recipe.yaml" not in files:
             raise RunFolderError(
                 f"{self.folder} exists and is no run of tdistill. Choose another folder with output=FOLDER."
             )
+        return files
+
+    @_alone
+    def _claim_folder(self) -> None:
+        path, environment_path = self.folder / "recipe.yaml", self.folder / "environment.json"
+        files = self._files()
         if (stores := self.folder / "store").is_symlink() and not stores.exists():
             raise RunFolderError(
                 f"{stores} leads to {stores.readlink()}, the answers of another run (capture.from_run), which are not "

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from tdistill.config import Recipe
@@ -24,6 +26,33 @@ _HOW_IT_IS_ASKED = ("teacher.device_map:", "capture.batch_size:", "capture.shard
 _HOW_IT_IS_TRAINED = re.compile(
     r"dataloader_|disable_tqdm|(gradient|activation)_checkpointing|logging_|report_to|run_name"
 )
+
+
+def folder_lock(folder: Path) -> FileLock:
+    """The lock of a run's folder. Its file is hidden, as what says nothing about a run, and stays."""
+    return FileLock(folder / ".lock", timeout=0)
+
+
+@contextmanager
+def only_process(lock: FileLock, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a run's folder, which may be held by the same object already.
+
+    Raises:
+        RunFolderError: another process holds it.
+    """
+    folder = Path(lock.lock_file).parent
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(
+            f"Another process works in {folder}. Wait for it, or choose another folder with output=FOLDER."
+        ) from error
+    except (OSError, NotImplementedError) as error:  # a read-only folder, a file system without locks
+        say(f"{folder} cannot be locked ({error}); start no second process there")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import filelock
 import pytest
 import torch
 import yaml
@@ -626,6 +630,47 @@ def test_a_place_that_cannot_be_a_folder_is_refused(project: Project):
     refused(project.call(output=str(file)), 8, file, "cannot be used", "output=FOLDER")
     refused(project.call(output=str(file / "below")), 8, file / "below", "cannot be used", "output=FOLDER")
     assert file.read_text() == "text"
+
+
+@pytest.mark.usefixtures("no_teacher")
+def test_a_folder_in_which_another_process_works_is_refused_until_that_ends(project: Project):
+    project.folder.mkdir()
+    hold = "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", f"import filelock, sys; {hold}", str(project.folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for verb in ("run", "capture", "train", "eval"):
+            refused(project.call(verb), 8, "Another process works in", project.folder, "Wait", "output=FOLDER")
+        other.kill()
+    assert [path.name for path in project.folder.iterdir()] == [".lock"]
+    refused(project.call("train"), 7, "run capture first")
+
+
+def test_a_stage_holds_the_folder_and_lets_it_go(project: Project, monkeypatch: pytest.MonkeyPatch):
+    captured, second = stages.capture_store, []
+
+    def tried(*args: Any, **kwargs: Any) -> Store:
+        second.append(project.call("train"))
+        return captured(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "capture_store", tried)
+        assert project.call("capture").code == 0
+    assert len(second) == 3
+    for outcome in second:
+        refused(outcome, 8, "Another process works in")
+    assert project.call("train").code == 0
+
+
+@pytest.mark.usefixtures("no_answer")
+def test_a_folder_that_cannot_be_locked_is_used_nevertheless(project: Project, monkeypatch: pytest.MonkeyPatch):
+    def cannot(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", cannot)
+    outcome = project.call(student={"layers": 7})
+    refused(outcome, 2, "student.layers = 7")
+    assert f"{project.folder} cannot be locked" in outcome.err and "No locks available" in outcome.err
 
 
 def test_another_run_is_refused_with_each_difference(captured: Project):
