@@ -35,6 +35,7 @@ def test_a_finished_run_exits_with_0_and_leaves_every_artifact(finished: Finishe
     assert finished.outcome.code == 0, finished.outcome.err
     left = {path.name for path in finished.folder.iterdir()}
     assert left == {
+        ".lock",
         "recipe.yaml",
         "environment.json",
         "store",

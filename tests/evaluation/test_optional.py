@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tdistill.errors import ConfigError, DataFileError, JudgeError, ModelLogitsE
 from tdistill.evaluation import evaluate as module
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.exposure import kl_by_position
-from tdistill.evaluation.generation import sample_answers
+from tdistill.evaluation.generation import SampledAnswer, sample_answers
 from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import task_records
 from tdistill.evaluation.records import METRICS, OPTIONAL_METRICS, EvaluationSettings, Results
@@ -91,6 +92,25 @@ def test_exposure(subjects, teacher, tokenizer, held_out):
     assert f"Over positions 1 to {length}; own prefixes are samples at top-p 0.8." in excess.note
     again = Results.from_json(results.to_json())
     assert again.exposure == results.exposure
+
+
+@pytest.mark.parametrize(("broken", "said"), [("teacher", "answers of start"), ("start", "prefixes of start")])
+def test_the_answer_on_which_a_model_has_no_numbers_is_named(
+    subjects, teacher, tokenizer, held_out, monkeypatch, broken, said
+):
+    held_out = [replace(t, prompt_ids=t.prompt_ids % 50, response_ids=t.response_ids % 50) for t in held_out]
+    with torch.no_grad():
+        {"teacher": teacher, **subjects}[broken].model.embed_tokens.weight[60] = torch.nan
+
+    def sampled(model, prompts_ids, *, seed, **_):
+        answers = [SampledAnswer(np.array([5, 6], np.int32), False) for _ in prompts_ids]
+        if model is subjects["start"] and seed == 20:
+            answers[3] = SampledAnswer(np.array([60, 6], np.int32), False)
+        return answers, None
+
+    monkeypatch.setattr(module, "sample_answers", sampled)
+    with pytest.raises(ModelLogitsError, match=f"^Model '{broken}' .* on {said}: prompt 'p3' with seed 20"):
+        run(subjects, teacher, tokenizer, held_out, exposure={})
 
 
 def test_perplexity(subjects, teacher, tokenizer, held_out, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError
-from tdistill.evaluation import divergence
+from tdistill.evaluation import divergence, states
 from tdistill.evaluation.divergence import divergences, teacher_loss_on
-from tdistill.head import float32_logits
+from tdistill.head import OutputHead, float32_logits
 
 
 def log_probs_by_hand(model, prompt, response, temperature=1.0, vocab_size=64):
@@ -23,7 +23,7 @@ def log_probs_by_hand(model, prompt, response, temperature=1.0, vocab_size=64):
 
 @pytest.mark.parametrize(("batch_size", "temperature", "chunk"), [(1, 1.0, 256), (3, 1.0, 4), (4, 0.7, 256)])
 def test_every_total_agrees_with_numpy(make_model, trajectories, monkeypatch, batch_size, temperature, chunk):
-    monkeypatch.setattr(divergence, "_CHUNK", chunk)
+    monkeypatch.setattr(states, "_BLOCK", chunk)
     teacher, student = make_model(0), make_model(1)
     totals = divergences(
         teacher, {"s": student}, trajectories, vocab_size=64, batch_size=batch_size, temperature=temperature
@@ -50,9 +50,8 @@ def test_a_teacher_in_bfloat16_is_compared_by_logits_that_are_not_rounded(make_m
     np.testing.assert_allclose(found.kl_teacher_student, exact.kl_teacher_student, rtol=0.05)
     with float32_logits(teacher):
         logits = teacher(torch.from_numpy(trajectories[0].prompt_ids.astype(np.int64))[None]).logits
-    log_probs = divergence._log_probs(
-        teacher, [(trajectories[0].prompt_ids, trajectories[0].response_ids)], 64, 1.0, "t"
-    )
+    policy = divergence._Policy(teacher, "t", 64, 1.0)
+    log_probs = policy.log_probs(policy.states([(trajectories[0].prompt_ids, trajectories[0].response_ids)]))
     torch.testing.assert_close(log_probs[0], logits[0, -1, :64].log_softmax(-1), rtol=0, atol=1e-5)
 
 
@@ -115,11 +114,43 @@ def test_dropout_is_off_and_the_mode_comes_back(make_model, trajectories):
 
 def test_the_teacher_runs_once_per_batch_for_all_students(make_model, trajectories):
     teacher = make_model(0)
-    calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
+    sizes = []
+    teacher.model.register_forward_hook(lambda _, inputs, out: sizes.append(len(out.last_hidden_state)))
     students = {"teacher": teacher, "a": make_model(1), "b": make_model(2)}
     divergences(teacher, students, trajectories, vocab_size=64, batch_size=2)
-    assert len(calls) == 2
+    assert sizes[-2:] == [2, 2] and set(sizes[:-2]) <= {1}  # after a probe of the output layer
+
+
+def test_no_more_than_one_block_of_distributions_is_held(make_model, trajectories, monkeypatch):
+    monkeypatch.setattr(states, "_BLOCK", 4)
+    sizes, whole = [], OutputHead.logits
+    monkeypatch.setattr(OutputHead, "logits", lambda head, hidden: sizes.append(len(hidden)) or whole(head, hidden))
+    teacher, student, pairs = make_model(0), make_model(1), [(t.prompt_ids, t.response_ids) for t in trajectories]
+    divergences(teacher, {"s": student}, trajectories, vocab_size=64, batch_size=4)
+    teacher_loss_on(teacher, *zip(*pairs, strict=True), vocab_size=64)
+    # Each model's head is checked on a probe of 8 tokens.
+    assert sizes.count(8) == 3
+    blocks = [size for size in sizes if size != 8]
+    assert max(blocks) == 4 and sum(blocks) == 3 * sum(len(answer) for _, answer in pairs)
+
+
+def test_models_whose_output_layer_cannot_be_read_are_measured_too(make_model, trajectories):
+    class Quantised(torch.nn.Linear):
+        pass
+
+    teacher, student = make_model(0), make_model(1)
+    expected = divergences(teacher, {"s": student}, trajectories, vocab_size=64, batch_size=3)["s"]
+    prompts, answers = [t.prompt_ids for t in trajectories], [t.response_ids for t in trajectories]
+    loss, _ = teacher_loss_on(teacher, prompts, answers, vocab_size=64, batch_size=3)
+    teacher.lm_head.__class__ = student.lm_head.__class__ = Quantised
+    found = divergences(teacher, {"s": student}, trajectories, vocab_size=64, batch_size=3)["s"]
+    for quantity in ("kl_teacher_student", "nll", "nll_teacher", "agreement_top1", "mass_outside_set"):
+        np.testing.assert_allclose(getattr(found, quantity), getattr(expected, quantity), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        teacher_loss_on(teacher, prompts, answers, vocab_size=64, batch_size=3)[0], loss, rtol=1e-5
+    )
+    with pytest.raises(TokenizerMismatchError, match=r"'s' has 64 .* 65"):
+        divergences(make_model(0, vocab_size=65), {"s": student}, trajectories, vocab_size=65)
 
 
 def test_a_store_without_lists_has_no_mass_outside_them(make_model, trajectories):

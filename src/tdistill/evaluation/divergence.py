@@ -11,13 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError
-from tdistill.evaluation.batching import length_sorted, measured, pad
-from tdistill.head import float32_logits
+from tdistill.errors import ModelLogitsError, UnsupportedModelError
+from tdistill.evaluation.batching import length_sorted
+from tdistill.evaluation.states import blocks, check_size, log_probs, response_states
+from tdistill.head import OutputHead, check_head, output_head
 from tdistill.types import Trajectory
-
-# Positions whose float32 distributions are held at once, per model.
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,9 @@ def divergences(
 
     KL(π*‖π_Q)(s) = Σ_{a<V} π*(a|s) (log π*(a|s) − log π_Q(a|s)), both softmaxes over the first V tokens.
 
-    Log-softmax is computed in float32 on blocks of positions. A batch holds the logits of its longest response once in
-    float32 for the teacher and once for the student at hand: batch_size · T · V numbers each.
+    Logits and log-softmax are computed from the final hidden states in float32, a block of positions at a time: of a
+    batch only the hidden states are held, N · D numbers for each model. A model whose output layer cannot be read holds
+    the logits of the batch instead.
 
     Args:
         teacher: causal language model.
@@ -77,21 +76,31 @@ def divergences(
     totals = {name: {field.name: np.zeros(len(trajectories)) for field in fields(TokenTotals)} for name in students}
     has_sets = any(len(trajectory.sets.ids) for trajectory in trajectories)
     pairs = [(trajectory.prompt_ids, trajectory.response_ids) for trajectory in trajectories]
+    teachers = _Policy(teacher, "teacher", vocab_size, temperature * teacher_temperature)
+    policies = {
+        name: _Policy(student, name, vocab_size, temperature)
+        for name, student in students.items()
+        if student is not teacher
+    }
     with tqdm(total=sum(len(r) for _, r in pairs), desc="divergences", unit="token", disable=not progress) as bar:
         for batch in length_sorted([len(prompt) + len(response) for prompt, response in pairs], batch_size):
             chosen = [pairs[index] for index in batch]
             taken_N = torch.from_numpy(np.concatenate([response for _, response in chosen]).astype(np.int64))
             answer_N = np.repeat(batch, [len(response) for _, response in chosen])
             row_M, id_M = _set_slots([trajectories[index] for index in batch])
-            teacher_NV = _log_probs(teacher, chosen, vocab_size, temperature * teacher_temperature, "teacher")
-            for name, student in students.items():
-                student_NV = (
-                    teacher_NV if student is teacher else _log_probs(student, chosen, vocab_size, temperature, name)
-                )
-                rows = _token_values(teacher_NV, student_NV, taken_N)
-                rows["mass_outside_set"] = _mass_outside(student_NV, row_M, id_M)
-                for quantity, value_N in rows.items():
-                    _add_by_answer(totals[name][quantity], answer_N, value_N)
+            teachers_NX = teachers.states(chosen)
+            states = {name: policy.states(chosen) for name, policy in policies.items()}
+            for block in blocks(len(taken_N)):
+                teacher_CV = teachers.log_probs(teachers_NX[block])
+                slots = slice(*np.searchsorted(row_M, [block.start, block.stop]))
+                for name in students:
+                    student_CV = teacher_CV
+                    if name in policies:
+                        student_CV = policies[name].log_probs(states[name][block]).to(teacher_CV.device)
+                    rows = _token_values(teacher_CV, student_CV, taken_N[block])
+                    rows["mass_outside_set"] = _mass_outside(student_CV, row_M[slots] - block.start, id_M[slots])
+                    for quantity, value_C in rows.items():
+                        _add_by_answer(totals[name][quantity], answer_N[block], value_C)
             bar.update(len(taken_N))
     prompt_names = [f"prompt '{trajectory.prompt_id}'" for trajectory in trajectories]
     for name, total in totals.items():
@@ -109,6 +118,7 @@ def teacher_loss_on(
     vocab_size: int,
     batch_size: int = 8,
     temperature: float = 1.0,
+    names: Sequence[str] | None = None,
     progress: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood under the teacher of answers that somebody else gave.
@@ -122,74 +132,72 @@ def teacher_loss_on(
         vocab_size: tokens of the tokenizer.
         batch_size: as in :func:`divergences`.
         temperature: as in :func:`divergences`.
+        names: what messages call the answers; None: their numbers.
         progress: label of a progress bar, or None.
     Returns:
         Sums, nats, and counts of tokens, both float64 [answers].
+    Raises:
+        ModelLogitsError: the teacher's loss is NaN or infinite; names the answer.
     """
     pairs = list(zip(prompts_ids, answers, strict=True))
     sums = np.zeros(len(pairs))
     counts = np.array([len(answer) for answer in answers], dtype=np.float64)
+    policy = _Policy(teacher, "teacher", vocab_size, temperature)
     with tqdm(total=int(counts.sum()), desc=progress, unit="token", disable=progress is None) as bar:
         for batch in length_sorted([len(prompt) + len(answer) for prompt, answer in pairs], batch_size):
             chosen = [pairs[index] for index in batch]
             taken_N = torch.from_numpy(np.concatenate([answer for _, answer in chosen]).astype(np.int64))
-            log_probs_NV = _log_probs(teacher, chosen, vocab_size, temperature, "teacher")
-            taken_log_probs = log_probs_NV.gather(1, taken_N.to(log_probs_NV.device)[:, None]).squeeze(1)
-            _add_by_answer(sums, np.repeat(batch, [len(answer) for _, answer in chosen]), -taken_log_probs)
+            answer_N = np.repeat(batch, [len(answer) for _, answer in chosen])
+            states_NX = policy.states(chosen)
+            for block in blocks(len(taken_N)):
+                log_probs_CV = policy.log_probs(states_NX[block])
+                taken_C1 = taken_N[block].to(log_probs_CV.device)[:, None]
+                _add_by_answer(sums, answer_N[block], -log_probs_CV.gather(1, taken_C1).squeeze(1))
             bar.update(len(taken_N))
-    require_finite(sums, "teacher", [f"answer {index}" for index in range(len(pairs))])
+    require_finite(sums, "teacher", names or [f"answer {index}" for index in range(len(pairs))])
     return sums, counts
 
 
-def _log_probs(
-    model: PreTrainedModel,
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
-    vocab_size: int,
-    temperature: float,
-    name: str,
-) -> Tensor:
-    """Float32 log-probabilities [N, V] at the states before each response token, answers one after another."""
-    if any(len(prompt) == 0 for prompt, _ in pairs):
-        raise DataFileError("A prompt has no tokens, so its answer's first token has no state. Remove that prompt.")
-    ids, mask = pad([np.concatenate(pair) for pair in pairs], pad_token_id=0, side="right")
-    first = min(len(prompt) for prompt, _ in pairs) - 1
-    with measured(model), float32_logits(model):
-        logits_BTV = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_to_keep=torch.arange(first, ids.shape[1] - 1, device=model.device),
-            use_cache=False,
-        ).logits
-        if logits_BTV.shape[-1] < vocab_size:
-            raise TokenizerMismatchError(
-                f"Model '{name}' has {logits_BTV.shape[-1]} output tokens, fewer than the tokenizer's {vocab_size}. "
-                "Load the tokenizer that it was trained with."
-            )
-        num_rows = sum(len(response) for _, response in pairs)
-        log_probs_NV = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=logits_BTV.device)
-        row = 0
-        for logits_TV, (prompt, response) in zip(logits_BTV, pairs, strict=True):
-            states_TV = logits_TV[len(prompt) - 1 - first :][: len(response), :vocab_size]
-            for chunk in states_TV.split(_CHUNK):
-                log_probs_NV[row : row + len(chunk)] = torch.log_softmax(chunk.float() / temperature, dim=-1)
-                row += len(chunk)
-    return log_probs_NV
+class _Policy:
+    """A model's distributions at the states of a batch.
+
+    They come from the final hidden states, a block of positions at a time. A model whose output layer cannot be read
+    (quantised, offloaded, logits changed in an unknown way) forms the logits of the whole batch itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, vocab_size: int, temperature: float) -> None:
+        self.model, self.name, self.vocab_size, self.temperature = model, name, vocab_size, temperature
+        self.head: OutputHead | None = None
+        try:
+            check_head(model)
+            self.head = output_head(model).ready(model.dtype)
+            check_size(len(self.head.weight_VD), name, vocab_size)
+        except UnsupportedModelError:
+            pass
+
+    def states(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+        """What :meth:`log_probs` needs of the states before each response token, answers one after another, [N, …]."""
+        states_NX = response_states(self.model, pairs, own_logits=self.head is None)
+        if self.head is None:
+            check_size(states_NX.shape[1], self.name, self.vocab_size)
+        return states_NX
+
+    def log_probs(self, states_CX: Tensor) -> Tensor:
+        """Log-probabilities of a block, at least float32 [C, V]."""
+        if self.head is not None:
+            return log_probs(self.head, states_CX, self.vocab_size, self.temperature)
+        return torch.log_softmax(states_CX[:, : self.vocab_size].float() / self.temperature, dim=-1)
 
 
 def _token_values(teacher_NV: Tensor, student_NV: Tensor, taken_N: Tensor) -> dict[str, Tensor]:
-    """Per-token quantities [N] from two tables of log-probabilities."""
-    student_NV = student_NV.to(teacher_NV.device)
+    """Per-token quantities [N] from two tables of log-probabilities on one device."""
     taken_N1 = taken_N.to(teacher_NV.device)[:, None]
-    kl_parts, agreement_parts = [], []
-    for teacher_CV, student_CV in zip(teacher_NV.split(_CHUNK), student_NV.split(_CHUNK), strict=True):
-        kl_parts.append(kl_rows(teacher_CV, student_CV))
-        agreement_parts.append(teacher_CV.argmax(-1) == student_CV.argmax(-1))
     return {
         "num_tokens": torch.ones(len(taken_N)),
-        "kl_teacher_student": torch.cat(kl_parts),
+        "kl_teacher_student": kl_rows(teacher_NV, student_NV),
         "nll": -student_NV.gather(1, taken_N1).squeeze(1),
         "nll_teacher": -teacher_NV.gather(1, taken_N1).squeeze(1),
-        "agreement_top1": torch.cat(agreement_parts),
+        "agreement_top1": teacher_NV.argmax(-1) == student_NV.argmax(-1),
     }
 
 

@@ -25,6 +25,7 @@ from tdistill.evaluation.exposure import ExposureCurve
 from tdistill.evaluation.generation import SampledAnswer, sample_answers
 from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import (
+    answer_names,
     check_optional,
     exposure_records,
     judge_records,
@@ -168,6 +169,7 @@ def evaluate(
                 vocab_size=vocab_size,
                 batch_size=settings.batch_size,
                 temperature=teachers_own,
+                names=answer_names(f"answers of {name}", position, answers[name], seeds[name]),
                 progress=f"teacher on {name}" if progress else None,
             )
             shape = (len(prompts), -1)
@@ -178,9 +180,9 @@ def evaluate(
         records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds, given_note)
     curves: list[ExposureCurve] = []
     if settings.exposure is not None:
-        prompts_ids = [prompt.prompt_ids for prompt in prompts]
+        by_id = {prompt.prompt_id: prompt.prompt_ids for prompt in prompts}
         found, curves = exposure_records(
-            scope, models, prompts_ids, teachers, answers, vocab_size, settings, teacher_temperature, progress
+            scope, models, by_id, teachers, answers, vocab_size, settings, teacher_temperature, progress
         )
         records += found
     if settings.perplexity is not None:

@@ -127,6 +127,7 @@ def kl_by_position(
     batch_size: int = 8,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    names: Sequence[str] | None = None,
     progress: str | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Divergence between teacher and students before every token of given answers.
@@ -143,13 +144,14 @@ def kl_by_position(
         batch_size: answers of one forward pass.
         temperature: logits of both are divided by it.
         teacher_temperature: as in :func:`~tdistill.evaluation.divergence.divergences`.
+        names: what messages call the answers; None: their numbers.
         progress: label of a progress bar, or None.
     Returns:
         Student name → float64 [T] for each answer, nats.
     Raises:
         UnsupportedModelError: a model changes its logits in a way that is not known.
         TokenizerMismatchError: a model has fewer output tokens than the tokenizer.
-        ModelLogitsError: NaN or infinite; names the model.
+        ModelLogitsError: NaN or infinite; names the model and the answer.
     """
     teacher_head = open_head(teacher, "teacher", vocab_size)
     heads = {name: open_head(student, name, vocab_size) for name, student in students.items()}
@@ -171,8 +173,9 @@ def kl_by_position(
                 for index, value_T in zip(batch, np.split(torch.cat(parts).double().numpy(), ends), strict=True):
                     values[name][index] = value_T
             bar.update(len(teacher_ND))
+    names = names or [f"answer {index}" for index in range(len(pairs))]
     for name, found in values.items():
-        require_finite(np.array([value_T.sum() for value_T in found]), name, [f"answer {i}" for i in range(len(pairs))])
+        require_finite(np.array([value_T.sum() for value_T in found]), name, names)
     return values
 
 

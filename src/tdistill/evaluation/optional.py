@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def check_optional(
 def exposure_records(
     scope: Scope,
     models: Mapping[str, PreTrainedModel],
-    prompts_ids: Sequence[np.ndarray],
+    prompts: Mapping[str, np.ndarray],
     teachers: Sequence[Sequence[SampledAnswer]],
     answers: Answers,
     vocab_size: int,
@@ -107,7 +107,7 @@ def exposure_records(
     Args:
         scope: of the records.
         models: all subjects, the teacher among them.
-        prompts_ids: int [P] each.
+        prompts: prompt id → tokens, int [P] each.
         teachers: the teacher's answers to each prompt.
         answers: subject → sampled answers to each prompt.
         vocab_size: tokens of the tokenizer.
@@ -124,17 +124,18 @@ def exposure_records(
         values = kl_by_position(
             teacher,
             whose,
-            [(prompts_ids[index], answer.token_ids) for index, row in enumerate(rows) for answer in row],
+            [(ids, answer.token_ids) for ids, row in zip(prompts.values(), rows, strict=True) for answer in row],
             vocab_size=vocab_size,
             batch_size=settings.batch_size,
             temperature=settings.temperature,
             teacher_temperature=teacher_temperature,
+            names=answer_names(label, prompts, rows, settings.seeds if rows is not teachers else ()),
             progress=label if progress else None,
         )
         return {name: PositionSums.gather(found, prompt_of, len(rows)) for name, found in values.items()}
 
     records, curves = [], []
-    on_teachers = measure(students, teachers, "teacher's prefixes") if students else {}
+    on_teachers = measure(students, teachers, "the teacher's prefixes") if students else {}
     for name, model in students.items():
         own = measure({name: model}, answers[name], f"prefixes of {name}")[name]
         found = exposure(
@@ -154,6 +155,17 @@ def exposure_records(
             if interval is not None
         ]
     return records, curves
+
+
+def answer_names(
+    whose: str, prompt_ids: Iterable[str], rows: Sequence[Sequence[SampledAnswer]], seeds: Sequence[int]
+) -> list[str]:
+    """What messages call the answers to each prompt; ``seeds`` of those of each row, empty where they have none."""
+    return [
+        f"{whose}: prompt '{prompt_id}'" + (f" with seed {seeds[index]}" if seeds else "")
+        for prompt_id, row in zip(prompt_ids, rows, strict=True)
+        for index in range(len(row))
+    ]
 
 
 def text_records(

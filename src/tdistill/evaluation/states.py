@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tdistill.errors import DataFileError, ModelLogitsError, TokenizerMismatchError, UnsupportedModelError
 from tdistill.evaluation.batching import measured, pad
-from tdistill.head import OutputHead, check_head, output_head
+from tdistill.head import OutputHead, check_head, float32_logits, output_head
 
 # Positions whose float32 distributions are held at once, per model.
 _BLOCK = 256
@@ -44,34 +44,47 @@ def open_head(model: PreTrainedModel, name: str, vocab_size: int) -> OutputHead:
             "a block at a time."
         ) from error
     head = output_head(model)
-    if len(head.weight_VD) < vocab_size:
-        raise TokenizerMismatchError(
-            f"Model '{name}' has {len(head.weight_VD)} output tokens, fewer than the tokenizer's {vocab_size}. "
-            "Load the tokenizer that it was trained with."
-        )
+    check_size(len(head.weight_VD), name, vocab_size)
     return head
 
 
-def response_states(model: PreTrainedModel, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+def check_size(num_outputs: int, name: str, vocab_size: int) -> None:
+    """Raise TokenizerMismatchError if a model has fewer output tokens than the tokenizer has."""
+    if num_outputs < vocab_size:
+        raise TokenizerMismatchError(
+            f"Model '{name}' has {num_outputs} output tokens, fewer than the tokenizer's {vocab_size}. "
+            "Load the tokenizer that it was trained with."
+        )
+
+
+def response_states(
+    model: PreTrainedModel, pairs: Sequence[tuple[np.ndarray, np.ndarray]], own_logits: bool = False
+) -> Tensor:
     """Final hidden states before each response token of one batch.
 
     Args:
         model: causal language model; only its body runs.
         pairs: prompt and response tokens, int [P] and [T] each.
+        own_logits: run the whole model, and return its logits in place of the states.
     Returns:
-        Float [N, D], answers one after another.
+        Float [N, D], answers one after another; logits [N, V].
     Raises:
         DataFileError: a prompt has no tokens.
     """
     if any(len(prompt) == 0 for prompt, _ in pairs):
         raise DataFileError("A prompt has no tokens, so its answer's first token has no state. Remove that prompt.")
     ids, mask = pad([np.concatenate(pair) for pair in pairs], pad_token_id=0, side="right")
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+    first = min(len(prompt) for prompt, _ in pairs) - 1 if own_logits else 0
     with measured(model):
-        hidden_BTD = model.base_model(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-        ).last_hidden_state
+        if own_logits:
+            kept = torch.arange(first, ids.shape[1] - 1, device=model.device)
+            with float32_logits(model):
+                hidden_BTD = model(**inputs, logits_to_keep=kept).logits
+        else:
+            hidden_BTD = model.base_model(**inputs).last_hidden_state
         rows = [
-            hidden_TD[len(prompt) - 1 : len(prompt) + len(response) - 1]
+            hidden_TD[len(prompt) - 1 - first :][: len(response)]
             for hidden_TD, (prompt, response) in zip(hidden_BTD, pairs, strict=True)
         ]
         return torch.cat(rows)
