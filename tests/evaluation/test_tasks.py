@@ -1,6 +1,9 @@
 import copy
 import json
+import sys
+from types import ModuleType
 
+import datasets
 import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
@@ -149,6 +152,28 @@ def test_a_tokenizer_that_cannot_chat_is_named(files, make_model, tokenizer, cha
     chat_tokenizer.chat_template = "{{ raise_exception('no assistant') }}"
     with pytest.raises(ConfigError, match=r"sums\.chat = true, but the chat template refuses .*no assistant.*false"):
         check_task_context("sums", settings, chat_tokenizer, configs)
+
+
+def test_records_with_other_fields_can_be_read(tmp_path, files, make_model, chat_tokenizer, installed, monkeypatch):
+    """lm-eval reads a task's files with ``datasets``, which wants the same fields in all of them."""
+    questions = [{"question": f"word{i}", "answer": "#### 1", "id": i} for i in range(2, 6)]
+    questions[1] |= {"source": {"page": 3}}
+    settings = TaskSettings(**{**files, "data": write(tmp_path / "uneven.jsonl", questions)}, limit=3, max_new_tokens=1)
+    read = []
+
+    def simple_evaluate(tasks, **_):
+        read.append(datasets.load_dataset("json", **tasks[0]["dataset_kwargs"]))
+        # In any order, as after sorting by length.
+        return {"samples": {"sums": [{"doc_id": i, "exact_match": float(i == 2)} for i in (1, 2, 0)]}}
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lm_eval"].simple_evaluate = simple_evaluate
+    sys.modules["lm_eval.models.huggingface"].HFLM = sys.modules["lm_eval.tasks"].TaskManager = lambda **_: None
+    found = run_task(make_model(0), chat_tokenizer, "sums", settings, end_token_ids=(0,))
+    assert found.tolist() == [0.0, 0.0, 1.0]
+    assert read[0]["test"].to_list() == [{"question": f"word{i}", "answer": "#### 1"} for i in (2, 3, 4)]
+    assert read[0]["examples"]["answer"][1] == "word21\n\n#### 1"
 
 
 # ---- with lm-eval ----

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -258,7 +259,9 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with measured(model):
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, measured(model):
+        config = task_config(name, _with_plain_files(name, settings, Path(folder)))
+        config["dataset_kwargs"]["cache_dir"] = folder  # or a copy would stay for every run
         # Without it a row of a batch would write on after its end, and lm-eval drops end tokens from the text.
         model.generation_config = GenerationConfig(eos_token_id=list(end_token_ids), pad_token_id=end_token_ids[0])
         results = simple_evaluate(
@@ -269,7 +272,7 @@ def run_task(
                 # Where a configuration names no limit, lm-eval assumes one and cuts longer prompts.
                 max_length=_context_tokens(model.config) or sys.maxsize,
             ),
-            tasks=[task_config(name, settings)],
+            tasks=[config],
             task_manager=TaskManager(include_defaults=False),  # to read thousands of others takes seconds
             limit=settings.limit,
             log_samples=True,
@@ -283,6 +286,20 @@ def run_task(
         )
     samples: list[Mapping[str, Any]] = results["samples"][name]
     return np.array([float(sample["exact_match"]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])])
+
+
+def _with_plain_files(name: str, settings: TaskSettings, folder: Path) -> TaskSettings:
+    """The task on copies of its files, in which every record has the two fields that count and no other.
+
+    Of records with other fields, ``datasets`` wants the same ones in all files.
+    """
+    paths = {}
+    for field, records in zip(("fewshot_data", "data"), _read(name, settings), strict=True):
+        if records:
+            path = folder / f"{field}.jsonl"
+            path.write_text("".join(json.dumps(record._asdict()) + "\n" for record in records), encoding="utf-8")
+            paths[field] = str(path)
+    return settings.model_copy(update=paths)
 
 
 def _filters(answer: str) -> list[dict[str, Any]]:
