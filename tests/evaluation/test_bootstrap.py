@@ -39,6 +39,39 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
     assert 0.87 <= hits_ratio / 300 <= 0.999
 
 
+SKEWED = np.random.default_rng(8)
+DATA = {
+    "skewed": (SKEWED.gamma(0.3, size=(2, 25)), SKEWED.integers(1, 50, size=(2, 25))),
+    "few": (np.array([[1.0, 2.0, 4.0], [0.5, 0.0, 9.0]]), np.array([[1, 1, 1], [3, 1, 2]])),
+    "one that outweighs the others": (np.array([[1e6, 1.0, 2.0, 0.5], [3.0, 1.0, 2.0, 0.5]]), np.ones((2, 4))),
+    "two values": (np.array([[0.0] * 9 + [1.0], [1.0] * 9 + [0.0]]), np.ones((2, 10))),
+}
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+@pytest.mark.parametrize("name", DATA)
+def test_intervals_are_those_of_scipy(name, level):
+    (sums_a, sums_b), (counts_a, counts_b) = DATA[name]
+
+    def expected(data, statistic):
+        rng = np.random.default_rng(3)
+        found = stats.bootstrap(data, statistic, paired=True, confidence_level=level, n_resamples=9999, rng=rng)
+        return (found.confidence_interval.low, found.confidence_interval.high)
+
+    ratio = bootstrap_ratio(sums_a, counts_a, seed=3, level=level)
+    assert ratio[1:] == pytest.approx(
+        expected((sums_a, counts_a), lambda s, c, axis=-1: s.sum(axis) / c.sum(axis)), rel=1e-9
+    )
+    difference = bootstrap_ratio_difference(sums_a, counts_a, sums_b, counts_b, seed=3, level=level)
+    assert difference[1:] == pytest.approx(
+        expected(
+            (sums_a, counts_a, sums_b, counts_b),
+            lambda s, c, t, d, axis=-1: s.sum(axis) / c.sum(axis) - t.sum(axis) / d.sum(axis),
+        ),
+        rel=1e-9,
+    )
+
+
 def test_a_ratio_weighs_tokens_and_not_prompts():
     # 2 nats over 1 token and 3 nats over 9: 5 / 10 a token, not the mean of 2 and 1/3.
     assert bootstrap_ratio([2.0, 3.0], [1, 9], seed=0).value == pytest.approx(0.5)

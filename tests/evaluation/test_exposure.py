@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from tdistill.errors import ModelLogitsError, TokenizerMismatchError, UnsupportedModelError
 from tdistill.evaluation import bootstrap, states
@@ -82,8 +83,43 @@ def test_a_student_that_is_the_teacher_there_has_no_excess(caplog):
 def test_weights_give_the_interval_that_sums_give():
     rng = np.random.default_rng(0)
     values, counts = rng.normal(3, 1, 30), rng.integers(1, 9, 30)
-    by_weights = bootstrap_weighted(lambda w: (w @ values) / (w @ counts), 30, seed=5)
+    rows = []
+
+    def statistic(weights):
+        rows.append(len(weights))
+        return (weights @ values) / (weights @ counts)
+
+    left_out = statistic(1 - np.eye(30))
+    by_weights = bootstrap_weighted(statistic, left_out, seed=5)
     assert by_weights == pytest.approx(bootstrap_ratio(values, counts, seed=5))
+    # The resamples and the value itself: nothing is computed for every prompt a second time.
+    assert sum(rows[1:]) == bootstrap.NUM_RESAMPLES + 1
+
+
+@pytest.mark.parametrize("min_share", [0.2, 1.0])
+def test_intervals_of_answers_of_all_lengths_are_those_of_scipy(min_share):
+    rng = np.random.default_rng(3)
+    own, teacher = (sums(*(rng.gamma(2.0, size=rng.integers(1, 7)) for _ in range(12))) for _ in range(2))
+    found = exposure(own, teacher, "s", min_share=min_share, seed=2)
+    length = len(found.curve.excess)
+    assert (length > 1) == (min_share < 1)
+
+    def excess(index):
+        per_part = [
+            np.where(part.count_PT[index].sum(0) > 0, part.kl_PT[index].sum(0) / part.count_PT[index].sum(0), 0.0)
+            for part in (own, teacher)
+        ]
+        return per_part[0][:length].sum() / per_part[1][:length].sum() - 1
+
+    with np.errstate(invalid="ignore"):
+        expected = stats.bootstrap(
+            (np.arange(12),),
+            excess,
+            vectorized=False,
+            n_resamples=bootstrap.NUM_RESAMPLES,
+            rng=np.random.default_rng(2),
+        ).confidence_interval
+    assert (found.excess.low, found.excess.high) == pytest.approx((expected.low, expected.high))
 
 
 # ---- divergences along answers ----

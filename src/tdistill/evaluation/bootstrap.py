@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from tdistill.resampling import NUM_RESAMPLES, Interval
 
@@ -56,7 +56,7 @@ def bootstrap_ratio(sums_items: ArrayLike, counts_items: ArrayLike, seed: int, l
     def ratio(s: np.ndarray, c: np.ndarray, axis: int = -1) -> np.ndarray:
         return s.sum(axis) / c.sum(axis)
 
-    return _interval((sums, counts), ratio, seed, level)
+    return _interval((sums, counts), ratio, _ratios_left_out(sums, counts), seed, level)
 
 
 def bootstrap_mean_difference(
@@ -76,20 +76,23 @@ def bootstrap_ratio_difference(
     def difference(sa: np.ndarray, ca: np.ndarray, sb: np.ndarray, cb: np.ndarray, axis: int = -1) -> np.ndarray:
         return sa.sum(axis) / ca.sum(axis) - sb.sum(axis) / cb.sum(axis)
 
-    return _interval(data, difference, seed, level)
+    left_out = _ratios_left_out(*data[:2]) - _ratios_left_out(*data[2:])
+    return _interval(data, difference, left_out, seed, level)
 
 
 def bootstrap_weighted(
-    statistic: Callable[[np.ndarray], np.ndarray], num_prompts: int, seed: int, level: float = 0.95
+    statistic: Callable[[np.ndarray], np.ndarray], left_out: np.ndarray, seed: int, level: float = 0.95
 ) -> Interval:
     """Any statistic of the prompts and its interval.
 
     Args:
         statistic: float [R, prompts], how often each prompt counts in each of R resamples → float [R].
-        num_prompts: prompts that are resampled.
+        left_out: the statistic of all prompts but one, for each, float [prompts].
         seed: seed of the resampling.
         level: confidence level.
     """
+
+    num_prompts = len(left_out)
 
     def of_indices(index: np.ndarray, axis: int = -1) -> np.ndarray:
         rows_RN = index.astype(np.int64).reshape(-1, index.shape[-1])
@@ -97,7 +100,13 @@ def bootstrap_weighted(
         counts = np.bincount(cells.ravel(), minlength=len(rows_RN) * num_prompts)
         return statistic(counts.reshape(len(rows_RN), num_prompts).astype(np.float64)).reshape(index.shape[:-1])
 
-    return _interval((np.arange(num_prompts),), of_indices, seed, level)
+    return _interval((np.arange(num_prompts),), of_indices, left_out, seed, level)
+
+
+def _ratios_left_out(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Ratio of all prompts but one, for each; NaN where the others have no counts."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (sums.sum() - sums) / (counts.sum() - counts)
 
 
 def _per_prompt(items: ArrayLike, reduce: Callable[..., np.ndarray]) -> np.ndarray:
@@ -124,18 +133,20 @@ def _interval_of_equals(value: float, num_items: int, level: float, bounds: tupl
     return Interval(value, value - others * (value - low), value + others * (high - value))
 
 
-def _interval(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int, level: float) -> Interval:
+def _interval(
+    data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], left_out: np.ndarray, seed: int, level: float
+) -> Interval:
     value = float(statistic(*data))
-    num_prompts = len(data[0])
+    num_prompts = len(left_out)
     if num_prompts < 2:
         return Interval(value, None, None)
+    if np.allclose(left_out, value, rtol=_CONSTANT_RTOL, atol=_CONSTANT_ATOL):
+        return Interval(value, value, value)
     # What cannot be computed shows as NaN and is answered below.
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        left_out = [statistic(*(np.delete(column, index) for column in data)) for index in range(num_prompts)]
-        if np.allclose(left_out, value, rtol=_CONSTANT_RTOL, atol=_CONSTANT_ATOL):
-            return Interval(value, value, value)
-        low, high = stats.bootstrap(
+        # SciPy's own BCa leaves each prompt out of a copy of the data, which is quadratic in their number.
+        resampled = stats.bootstrap(
             data,
             statistic,
             paired=True,
@@ -143,9 +154,26 @@ def _interval(data: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray]
             n_resamples=NUM_RESAMPLES,
             batch=max(1, _BLOCK_ELEMENTS // num_prompts),
             confidence_level=level,
-            method="BCa",
+            method="percentile",
             rng=np.random.default_rng(seed),
-        ).confidence_interval
+        ).bootstrap_distribution
+        quantiles = _bca_quantiles(value, resampled, left_out, level)
+        low, high = np.quantile(resampled, quantiles) if np.isfinite(quantiles).all() else (np.nan, np.nan)
     if not (np.isfinite(low) and np.isfinite(high)):
         return Interval(value, None, None)
     return Interval(value, float(low), float(high))
+
+
+def _bca_quantiles(value: float, resampled: np.ndarray, left_out: np.ndarray, level: float) -> np.ndarray:
+    """Which quantiles of the resampled values end the interval.
+
+    Φ(z + (z + z_α) / (1 − a (z + z_α))) for α = (1 ∓ level)/2, the bias z = Φ⁻¹(share of resampled values below the
+    value), the acceleration a = Σ_i d_i³ / (6 (Σ_i d_i²)^{3/2}), d_i = mean of left_out − left_out_i.
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sections 14.3 and 15.4.
+    Differs from the source: resampled values that equal the value count half, as in SciPy.
+    """
+    bias = special.ndtri((np.mean(resampled < value) + np.mean(resampled <= value)) / 2)
+    away = left_out.mean() - left_out
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    shifted = bias + special.ndtri([(1 - level) / 2, (1 + level) / 2])
+    return special.ndtr(bias + shifted / (1 - acceleration * shifted))

@@ -96,6 +96,11 @@ class PositionSums:
         count_RT = weights_RP @ self.count_PT
         return np.divide(weights_RP @ self.kl_PT, count_RT, out=np.zeros_like(count_RT), where=count_RT > 0)
 
+    def means_without_each(self) -> np.ndarray:
+        """:meth:`means` over all prompts but one, for each prompt, [prompts, positions]."""
+        count_PT = self.count_PT.sum(0) - self.count_PT
+        return np.divide(self.kl_PT.sum(0) - self.kl_PT, count_PT, out=np.zeros_like(count_PT), where=count_PT > 0)
+
     def reaching(self) -> np.ndarray:
         """Prompts with an answer that has each position, int [positions]."""
         return (self.count_PT > 0).sum(axis=0)
@@ -223,11 +228,21 @@ def exposure(
         def statistic(weights_RP: np.ndarray) -> np.ndarray:
             return accumulated(own, weights_RP, end) / accumulated(teacher, weights_RP, end) - 1.0
 
-        return bootstrap_weighted(statistic, num_prompts, seed, level) if sums_teacher[end - 1] > 0 else None
+        if sums_teacher[end - 1] <= 0:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left_out = own_left_out[:, end - 1] / teacher_left_out[:, end - 1] - 1.0
+        return bootstrap_weighted(statistic, left_out, seed, level)
 
-    def mean_of(part: PositionSums) -> Interval:
-        return bootstrap_weighted(lambda weights: accumulated(part, weights, length) / length, num_prompts, seed, level)
+    def mean_of(part: PositionSums, left_out_PT: np.ndarray) -> Interval:
+        def statistic(weights_RP: np.ndarray) -> np.ndarray:
+            return accumulated(part, weights_RP, length) / length
 
+        return bootstrap_weighted(statistic, left_out_PT[:, -1] / length, seed, level)
+
+    own_left_out, teacher_left_out = (
+        np.cumsum(part.means_without_each()[:, :length], axis=1) for part in (own, teacher)
+    )
     everyone = np.ones((1, num_prompts))
     kl_own, kl_teacher = own.means(everyone)[0, :length], teacher.means(everyone)[0, :length]
     sums_own, sums_teacher = np.cumsum(kl_own), np.cumsum(kl_teacher)
@@ -247,4 +262,4 @@ def exposure(
         points=tuple(ExposurePoint(length=end, **at._asdict()) for end, at in points),
     )
     last = points[-1][1] if points and points[-1][0] == length else None
-    return Exposure(curve, mean_of(own), mean_of(teacher), last)
+    return Exposure(curve, mean_of(own, own_left_out), mean_of(teacher, teacher_left_out), last)
