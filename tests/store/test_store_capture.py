@@ -340,21 +340,59 @@ def test_requests_that_make_no_sense(tmp_path: Path) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
+def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000_000, 10_000_000 - num_bytes, num_bytes))
+
+
 def test_no_room_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 9_000, 1_000))
+    free(monkeypatch, 200)
     teacher = FakeTeacher()
-    # 8 prompts of 3 to 7 tokens: 4 bytes each; at most 40 response tokens of 10 + 8 actions · 3 bytes.
-    tokens = sum(len(prompt.prompt_ids) for prompt in PROMPTS)
-    with pytest.raises(NoSpaceError, match=rf"about {4 * tokens + 40 * 34:,} bytes \(a guess.*1,000 bytes are free"):
+    # 8 answers of one token, of 10 + 8 actions · 3 bytes.
+    with pytest.raises(NoSpaceError, match=rf"about {8 * 34} bytes \(a guess.*200 bytes are free"):
         capture_fake(tmp_path, PROMPTS, teacher)
     assert teacher.batches == [] and list(tmp_path.iterdir()) == []
 
 
-def test_no_room_after_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 9_000, 3_000))
+def test_answers_that_may_be_too_long_for_the_disk_are_no_reason_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uninterrupted, at_most = tmp_path / "uninterrupted", replace(SETTINGS, max_new_tokens=5_000)
+    capture_fake(uninterrupted, PROMPTS)
+    short = FakeTeacher()
+    monkeypatch.setattr(short, "_answer", lambda prompt, index, _: FakeTeacher()._answer(prompt, index, SETTINGS))
+    free(monkeypatch, sum(map(len, files_of(uninterrupted).values())))
+    # 4 bytes for each of the prompts' tokens, and at most 40,000 response tokens.
+    needed = 4 * sum(len(prompt.prompt_ids) for prompt in PROMPTS) + 40_000 * 34
+    assert len(capture_fake(tmp_path / "store", PROMPTS, short, settings=at_most, progress=True)) == len(PROMPTS)
+    said = capsys.readouterr().err
+    assert f"up to {needed:,} are needed (a guess before the first batch)" in said and "max_new_tokens = 5000" in said
+
+
+def test_no_room_for_answers_like_those_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_fake(tmp_path / "whole", PROMPTS)
+    first = Store.open(tmp_path / "whole").shards[0]
+    needed = int(5 * first["bytes"] / 3)
+    free(monkeypatch, needed - 1)
     teacher = FakeTeacher()
+    with pytest.raises(NoSpaceError, match=rf"about {needed:,} bytes \(5 answers of the mean size of 3\)"):
+        capture_fake(tmp_path / "store", PROMPTS, teacher)
+    # What was written is kept, and goes on where there is room.
+    assert [file.name for file in (tmp_path / "store").iterdir()] == [first["file"]]
+    free(monkeypatch, needed + 1)
+    capture_fake(tmp_path / "store", PROMPTS)
+    assert files_of(tmp_path / "store") == files_of(tmp_path / "whole")
+
+
+def test_no_room_for_given_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [replace(prompt, response_ids=np.full(5, 7, np.int32), ends="truncated") for prompt in PROMPTS]
+    tokens, teacher = sum(len(prompt.prompt_ids) for prompt in PROMPTS), FakeTeacher()
+    free(monkeypatch, 1_000)
+    with pytest.raises(NoSpaceError, match=rf"about {4 * tokens + 40 * 34:,} bytes \(a guess.*1,000 bytes are free"):
+        capture_fake(tmp_path, given, teacher, mode="score")
+    assert teacher.batches == [] and list(tmp_path.iterdir()) == []
+    free(monkeypatch, 3_000)
     with pytest.raises(NoSpaceError, match=r"measured on the first batch\) and 3,000 bytes are free"):
-        capture_fake(tmp_path, PROMPTS, teacher)
+        capture_fake(tmp_path, given, teacher, mode="score")
     assert len(teacher.batches) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -398,7 +436,7 @@ def test_expected_work_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "a guess from 8 actions per position" in report
     # The first batch is two answers of at most 5 tokens.
     assert re.search(r"measured on the first batch: [\d,]+ bytes and [\d.]+ ms per response token", report)
-    assert re.search(r"left are at most 70 response tokens, that is about [\d.]+k?B and 00:0\d min", report)
+    assert re.search(r"left are at most 70 response tokens, that is about [\d.]+k?B and 00:0\d\n", report)
     assert "tok/s" in report
 
 

@@ -98,7 +98,8 @@ def capture(
     Raises:
         StoreIdentityError: the folder holds trajectories of another identity, or other tokens under the same id.
         StoreCorruptError: a shard of the manifest is missing, or damaged where it is read.
-        NoSpaceError: the disk has too little room.
+        NoSpaceError: the disk has too little room. How long sampled answers are is not known before: until shards are
+            written, only a disk without room for answers of one token is refused.
         ConfigError, EmptyPromptSetError, DataFileError: what is asked for makes no sense.
         TeacherLogitsError: see :class:`~tdistill.teachers.base.Teacher`.
     """
@@ -152,6 +153,7 @@ def capture(
             header = shard_header(identity, [(*job.key, job.digest) for job in shard_jobs], batch_size)
             trajectories = _ask(teacher, shard_jobs, settings, mode, header, watch)
             entries.append(write_shard(path, number, trajectories, header))
+            watch.shard_done(entries[-1])
     write_manifest(path, identity, entries, rows)
     return Store.open(path)
 
@@ -314,6 +316,7 @@ class _Progress:
         self.path, self.settings, self.mode, self.say = path, settings, mode, say
         self.at_most = "at most " if mode == "generate" else ""
         self.tokens_left = sum(self._most_tokens(job) for job in jobs)
+        self.answers_left, self.answers_done, self.bytes_done = len(jobs), 0, 0
         self.measured = False
         if jobs:
             self._guess(jobs)
@@ -344,7 +347,19 @@ class _Progress:
             f"about {tqdm.format_sizeof(needed, 'B')}, a guess from {actions} actions per position "
             "(bytes and time are measured on the first batch)"
         )
-        self._check_room(needed, "a guess before the first batch")
+        if self.mode == "generate":
+            self._check_room(per_token * len(jobs), "a guess for answers of one token")
+        self._check_most(needed, "a guess before the first batch")
+
+    def _check_most(self, needed: float, why: str) -> None:
+        """Of sampled answers the length is not known, and a bound on it is no reason to refuse."""
+        if self.mode == "score":
+            self._check_room(needed, why)
+        elif (free := shutil.disk_usage(self.path).free) < needed:
+            self.say(
+                f"{free:,} bytes are free and up to {int(needed):,} are needed ({why}), if every answer has "
+                f"max_new_tokens = {self.settings.max_new_tokens} tokens; this is looked at again after each shard"
+            )
 
     def _check_room(self, needed: float, why: str) -> None:
         if (free := shutil.disk_usage(self.path).free) < needed:
@@ -365,6 +380,15 @@ class _Progress:
             table, complete = shard_table(answers, header)
             self._measure(tokens, len(shard_bytes(table, complete["row_group_rows"])))
 
+    def shard_done(self, entry: dict[str, Any]) -> None:
+        """Look whether the answers that are left fit, if they take as much room as those so far."""
+        self.answers_left -= entry["rows"]
+        self.answers_done += entry["rows"]
+        self.bytes_done += entry["bytes"]
+        if self.mode == "generate":
+            needed = self.answers_left * self.bytes_done / self.answers_done
+            self._check_room(needed, f"{self.answers_left:,} answers of the mean size of {self.answers_done:,}")
+
     def _measure(self, tokens: int, num_bytes: int) -> None:
         seconds_per_token = (time.perf_counter() - self.started) / tokens
         bytes_per_token = num_bytes / tokens
@@ -372,6 +396,6 @@ class _Progress:
             f"measured on the first batch: {bytes_per_token:,.0f} bytes and {seconds_per_token * 1e3:,.2f} ms per "
             f"response token; left are {self.at_most}{self.tokens_left:,} response tokens, that is about "
             f"{tqdm.format_sizeof(bytes_per_token * self.tokens_left, 'B')} and "
-            f"{tqdm.format_interval(seconds_per_token * self.tokens_left)} min"
+            f"{tqdm.format_interval(seconds_per_token * self.tokens_left)}"
         )
-        self._check_room(bytes_per_token * (self.tokens_left + tokens), "measured on the first batch")
+        self._check_most(bytes_per_token * (self.tokens_left + tokens), "measured on the first batch")
