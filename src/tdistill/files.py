@@ -8,15 +8,34 @@ import threading
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part; return the path."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+def write_atomically(path: Path, content: str | bytes, partial: Path | None = None) -> Path:
+    """Write a file so that a reader, and a machine that lost its power, has the old one or the new one, never a part.
+
+    Args:
+        path: of the file.
+        content: text becomes UTF-8.
+        partial: where it is written before it is renamed; None: a hidden file of this thread's own.
+    Returns:
+        The path.
+    """
+    partial = partial or path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    # Generated text may hold lone surrogates, which UTF-8 cannot express.
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     try:
-        # Generated text may hold lone surrogates, which UTF-8 cannot express.
-        partial.write_bytes(text.encode("utf-8", "replace"))
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
-    finally:
+    except (Exception, KeyboardInterrupt):
         partial.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable by itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     return path
 
 

@@ -233,3 +233,14 @@ def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_o
     torch.nn.init.constant_(subjects["sft"].lm_head.weight, torch.nan)
     with pytest.raises(ModelLogitsError, match="'sft' gives NaN"):
         run(*world, exposure={})
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
+def test_a_damaged_measurement_is_made_again(tmp_path, caplog, content):
+    kept, values = Kept(tmp_path, {"bd": "hash"}), iter([1, 2])
+    assert kept.get("task", "bd", {}, lambda: next(values)) == 1
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert kept.get("task", "bd", {}, lambda: next(values)) == 2
+    assert f"{file} is damaged" in caplog.text
+    assert kept.get("task", "bd", {}, lambda: next(values)) == 2

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tdistill.files import write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Kept:
         key = json.dumps([what, self.weights_sha256[subject], facts], sort_keys=True)
         path = self.folder / f"{what}-{subject}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:  # no JSON, no UTF-8
+                _log.warning("%s is damaged and is measured again.", path)
         value = measure()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(value))

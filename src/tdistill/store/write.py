@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tdistill.errors import NoSpaceError, StoreError
+from tdistill.files import write_atomically
 from tdistill.store import codes, schema
 from tdistill.store.read import open_shard
 from tdistill.store.verify import trajectory_problems
@@ -285,29 +285,17 @@ def remove_other_indices(path: Path, name: str | None) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent, whatever interrupts: temporary name, fsync, rename.
+    """Write a file of a store, which is either whole or absent, whatever interrupts.
 
     Raises:
         NoSpaceError: the disk or the quota is full.
     """
-    temporary = path.with_name(path.name + schema.TEMPORARY_SUFFIX)
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, data, partial=path.with_name(path.name + schema.TEMPORARY_SUFFIX))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
                 f"{path}: the disk is full; writing {len(data):,} bytes failed. "
                 "Free some room and run capture again: it goes on with the shards it has."
             ) from error
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable by itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
