@@ -74,15 +74,14 @@ def test_replies_that_were_kept_are_not_asked_for_again(tmp_path):
 def test_replies_without_one_verdict_are_counted_and_not_interpreted():
     def reply(body):
         request, first, _ = parts(body)
-        if request == "raw":
-            return 200, {}, b"<html>"
-        if request == "none":
-            return 200, {}, json.dumps({"choices": [{"message": {"content": None}}]}).encode()
+        if request in ("none", "thought"):
+            message = {"content": None} if request == "none" else {"reasoning_content": "hm"}
+            return 200, {}, json.dumps({"choices": [{"message": message}]}).encode()
         return {"both": "[[A]] no, [[B]]", "word": "A", "half": "[[A]]" if first == "a" else "hm", "good": "[[C]]"}[
             request
         ]
 
-    prompts = ["both", "word", "half", "good", "raw", "none"]
+    prompts = ["both", "word", "half", "good", "none", "thought"]
     with serving(reply) as judge:
         found = judge_answers(prompts, ["a"] * 6, ["b"] * 6, settings(judge))
     np.testing.assert_array_equal(found.judged, [False, False, False, True, False, False])
@@ -206,6 +205,23 @@ def test_a_passing_failure_is_tried_again():
         seen.clear()
         found = judge_answers(["p"], ["aa"], ["b"], settings(judge, max_attempts=2))
     assert found.num_unanswered == 2 and not found.judged.any()
+
+
+@pytest.mark.parametrize("raw", [b"<html>Bad gateway</html>", b"{}", b'{"choices": []}', b"[1]", b"\xff"])
+def test_a_reply_that_is_no_completion_is_tried_again_and_not_kept(tmp_path, raw):
+    keep, proxy = partial(Kept(tmp_path, {"bd": "hash"}).get, "judge", "bd"), [True]
+
+    def reply(body):
+        return (200, {"Content-Type": "text/html"}, raw) if proxy[0] else longer_is_better(body)
+
+    with serving(reply) as judge:
+        own = settings(judge, max_attempts=2)
+        found = judge_answers(["p"], ["aa"], ["b"], own, keep=keep)
+        assert (found.num_unanswered, found.num_malformed, len(judge.requests)) == (2, 0, 4)
+        with pytest.raises(JudgeError, match=r"does not answer: no completion came back: .* correct the address"):
+            check_judge(own)
+        proxy[0] = False
+        assert judge_answers(["p"], ["aa"], ["b"], own, keep=keep).score.tolist() == [1.0]
 
 
 def test_a_request_that_the_server_cannot_take_is_not_tried_again_and_the_others_go_on():

@@ -43,6 +43,12 @@ def installed(monkeypatch):
         ('{"question": "a", "answer": 4}\n', DataFileError, r"line 1: expected an object"),
         ("not json\n", DataFileError, r"line 1"),
         ('{"question": "a", "answer": "four"}\n', DataFileError, r"line 1: the answer 'four' has no '####'.*text"),
+        (
+            '{"question": "a", "answer": "#### 1"}\n{"question": "\\udc00?", "answer": "#### 1"}\n',
+            DataFileError,
+            r"line 2: 'question' holds half of a surrogate pair, '\\udc00'\. Write",
+        ),
+        ('{"question": "a", "answer": "\\ud800 #### 1"}\n', DataFileError, r"line 1: 'answer' holds half"),
         ("\n", EmptyPromptSetError, r"\(evaluation\.tasks\.sums\.data\) is empty"),
     ],
 )

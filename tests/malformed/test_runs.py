@@ -232,6 +232,7 @@ def test_a_data_set_that_does_not_exist_is_named(project: Project):
         ('{"text": "a"}\n\n{"txt": "b"}\n', ["line 3"]),
         ('{"text": "a"}\n["b"]\n', ["line 2"]),
         ('{"text": "a"', ["line 1"]),
+        ('{"text": "a"}\n{"text": "b \\udc00"}', ["line 2: 'text' holds half of a surrogate pair", "whole character"]),
         ('{"text": "\xe4"}', ["cannot be read", "UTF-8"]),
     ],
 )

@@ -355,7 +355,7 @@ def _messages(prompt: str, first: str, second: str) -> list[dict[str, str]]:
 
 
 def _reply(settings: JudgeSettings, key: str | None, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """Text of a reply; empty where the server answered with something else.
+    """Text of a completion; empty where it has none.
 
     Raises:
         _UnansweredError: no attempt succeeded, or the server cannot take this one request.
@@ -375,7 +375,11 @@ def _reply(settings: JudgeSettings, key: str | None, messages: list[dict[str, st
             reason = _shown(str(cause) or type(cause).__name__, key)
             continue
         if status == http.HTTPStatus.OK:
-            return _content(content)
+            if (text := _content(content)) is not None:
+                return text
+            # Something between here and the judge has answered, which may pass.
+            reason, status = f"no completion came back: {_shown(content.decode('utf-8', 'replace'), key)}", None
+            continue
         reason = f"status {status}: {_shown(content.decode('utf-8', 'replace'), key)}"
         if status in _REFUSED:
             raise JudgeError(
@@ -410,11 +414,12 @@ def _post(settings: JudgeSettings, key: str | None, body: dict[str, Any]) -> _Re
             return _Reply(error.code, error.read(), error.headers["Retry-After"])
 
 
-def _content(raw: bytes) -> str:
+def _content(raw: bytes) -> str | None:
+    """Text of a completion, empty where it has none; None where this is no completion."""
     try:
-        content = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return ""
+        content = json.loads(raw)["choices"][0]["message"].get("content")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
     return content if isinstance(content, str) else ""
 
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError, PromptTooLongError
 from tdistill.evaluation.batching import measured
+from tdistill.prompts.read import check_characters
 
 _FILTER = "get-answer"
 # The number that ends a solution of GSM8K.
@@ -332,6 +333,8 @@ def _read_file(path: str, key: str, answer: str) -> list[_Solved]:
                 f"{path} ({key}), line {number}: the answer {texts[1][:40]!r} has no '{_MARK}' before a number. Add "
                 "it, or set answer: text."
             )
+        for field, text in zip(_Solved._fields, texts, strict=True):
+            check_characters(text, field, f"{path} ({key}), line {number}")
         found.append(_Solved(*texts))
     if not found:
         raise EmptyPromptSetError(

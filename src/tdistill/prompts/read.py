@@ -313,13 +313,18 @@ def _text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
         raise DataFileError(f"{where}: '{name}' is {_kind(value)}, expected a text.")
     if not may_be_empty and not value.strip():
         raise DataFileError(f"{where}: '{name}' is empty. Write a text, or remove the record.")
+    return check_characters(value, name, where)
+
+
+def check_characters(text: str, name: str, where: str) -> str:
+    """Raise DataFileError if a text is none in UTF-8, which JSON can express and tokenizers refuse; return it."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as defect:
         raise DataFileError(
-            f"{where}: '{name}' holds half of a surrogate pair, {value[defect.start]!r}. Write the whole character."
+            f"{where}: '{name}' holds half of a surrogate pair, {text[defect.start]!r}. Write the whole character."
         ) from defect
-    return value
+    return text
 
 
 def _kind(value: Any) -> str:
@@ -361,7 +366,7 @@ def read_texts(source: str, key: str = "data.text") -> list[str]:
             text = None
         if not isinstance(text, str):
             raise DataFileError(f'{path} ({key}), line {number}: expected an object such as {{"text": "Hello."}}.')
-        texts.append(text)
+        texts.append(check_characters(text, "text", f"{path} ({key}), line {number}"))
     if not texts:
         raise EmptyPromptSetError(f'{path} ({key}) is empty. Add lines such as {{"text": "Hello."}}.')
     return texts
