@@ -10,6 +10,7 @@ import support
 from tdistill.bench import capture as bench
 from tdistill.errors import ConfigError
 from tdistill.teachers import hf
+from tdistill.teachers.base import SamplingSettings
 from tdistill.teachers.hf import HFTeacher
 from tdistill.types import PromptTokens, Trajectory
 
@@ -21,19 +22,23 @@ def prompts(tiny_teacher, tiny_prompt_files) -> list[PromptTokens]:
     return support.tiny_prompts(tiny_teacher, tiny_prompt_files["train"], support.TINY_SAMPLING)[: 3 * BATCH_SIZE]
 
 
-def answers_by_batch(teacher: HFTeacher, prompts: list[PromptTokens]) -> list[list[Trajectory]]:
+def answers_by_batch(
+    teacher: HFTeacher, prompts: list[PromptTokens], settings: SamplingSettings = support.TINY_SAMPLING
+) -> list[list[Trajectory]]:
     """What the capture of one shard asks for: the longest prompts first."""
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.prompt_ids))
     return [
-        teacher.generate([(prompt, 0) for prompt in longest_first[at : at + BATCH_SIZE]], support.TINY_SAMPLING)
+        teacher.generate([(prompt, 0) for prompt in longest_first[at : at + BATCH_SIZE]], settings)
         for at in range(0, len(prompts), BATCH_SIZE)
     ]
 
 
 def test_what_is_measured_is_the_capture_of_these_prompts(tiny_teacher, prompts):
-    found = bench.measure(tiny_teacher, prompts, support.TINY_SAMPLING, BATCH_SIZE, rounds=1)
+    # Long enough that batches of like prompts are not those of like prompts and answers.
+    settings = replace(support.TINY_SAMPLING, max_new_tokens=40)
+    found = bench.measure(tiny_teacher, prompts, settings, BATCH_SIZE, rounds=1)
     assert json.loads(json.dumps(found)) == found
-    batches = answers_by_batch(tiny_teacher, prompts)
+    batches = answers_by_batch(tiny_teacher, prompts, settings)
     lengths = [[len(answer.sets) for answer in batch] for batch in batches]
     assert found["wasted_row_steps"] == pytest.approx(
         1 - sum(map(sum, lengths)) / sum(BATCH_SIZE * max(batch) for batch in lengths)

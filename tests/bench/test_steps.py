@@ -142,6 +142,13 @@ def test_a_straight_line():
 
 
 @pytest.mark.slow
+def test_peak_memory_of_a_step_on_a_gpu_is_the_gpus(workload, monkeypatch):
+    monkeypatch.setattr(memory, "build_step", lambda *_, **__: lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert memory._run("sft", workload, 64) == 123
+
+
 def test_peak_memory_is_of_the_process_of_its_own(workload):
     ballast = torch.ones(2**28)  # 1 GiB here must not count there
     found = memory.measure(workload, rounds=1, vocab_sizes=[64])

@@ -77,7 +77,18 @@ def test_ls_objectives_lists_every_objective_with_its_settings():
     for row in rows:
         assert row["name"] in text.out and row["minimises"] in text.out
         assert all(f"{name}=" in row["settings"] for name in _settings(row["name"]))
+        assert f"  {row['needs']}  " in text.out
+    needs = {row["name"]: row["needs"] for row in rows}
+    assert needs["iq_learn"] == "store" and needs["sft"] == "store, dense logits"
+    assert needs["sampled_kl"] == "store, teacher in memory, dense logits"
+    assert needs["minillm"] == "store, rollouts, dense logits"
     assert tdistill("ls").out == text.out
+
+
+def test_ls_objectives_looks_in_no_folder(tmp_path: Path):
+    outcome = tdistill("ls", "objectives", "--folder", tmp_path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"error: --folder = {tmp_path} is for recipes and runs" in outcome.err
 
 
 def test_ls_recipes_lists_files_below_a_folder(finished: FinishedRun):
@@ -157,6 +168,11 @@ def test_check_theory_finds_no_violation():
     assert all({"claim", "cases", "violations", "worst_margin"} <= claim.keys() for claim in claims)
     assert {(claim["cases"], claim["violations"]) for claim in claims} == {(6, 0)}
     assert "0 violations" in tdistill("check", "theory", "--processes", "1").out
+
+
+def test_check_theory_refuses_a_seed_that_no_generator_takes():
+    outcome = tdistill("check", "theory", "--processes", "1", "--seed", "-1")
+    assert outcome.code == 2 and "than or equal to 0" in outcome.err
 
 
 def test_check_theory_fails_where_a_claim_does(monkeypatch: pytest.MonkeyPatch):

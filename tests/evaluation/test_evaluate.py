@@ -260,6 +260,11 @@ def test_malformed_results_are_refused(text):
         Results.from_json(text)
 
 
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(ValidationError, match="bootstrap_seed"):
+        EvaluationSettings(bootstrap_seed=-1)
+
+
 def test_a_record_never_holds_nan():
     with pytest.raises(ValidationError, match="finite"):
         Result(

@@ -57,7 +57,8 @@ def measure(
         )
     asked = _Asked(teacher)
     generated = _captured(asked, prompts, settings, batch_size)
-    replays = [_Replay(teacher, [generated[name] for name in batch]) for batch in asked.generated]
+    decoded = [[generated[name] for name in batch] for batch in asked.generated]
+    replays = [_Replay(teacher, batch) for batch in decoded]
     given = [
         replace(prompt, response_ids=answer.response_ids, ends=answer.ends)
         for prompt in prompts
@@ -80,7 +81,7 @@ def measure(
     growth = [seconds.pop(str(size)) for size in sizes] + [seconds["capture"]]
     sizes = [*sizes, len(prompts)]
     tokens = sum(len(answer.response_ids) for answer in generated.values())
-    row_steps = sum(len(batch) * max(len(answer.sets) for answer in batch) for batch in forwards)
+    row_steps = sum(len(batch) * max(len(answer.sets) for answer in batch) for batch in decoded)
     return {
         **{f"{name}_s": value for name, value in seconds.items()},
         "capture_per_plain_generate": seconds["capture"] / seconds["plain_generate"],

@@ -1,4 +1,4 @@
-"""Peak memory of a training step, each in a process of its own."""
+"""Peak memory of a training step, on the GPU where there is one, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdistill.bench.steps import build_step
 from tdistill.bench.workload import Workload
 
@@ -21,7 +23,9 @@ VOCABULARIES = (2**15, 49_152, 2**17)
 
 
 def measure(workload: Workload, rounds: int = 5, vocab_sizes: Sequence[int] = VOCABULARIES) -> dict[str, Any]:
-    """Median peak of the resident memory over ``rounds`` processes, bytes, by vocabulary and step.
+    """Median peak of the memory over ``rounds`` processes, bytes, by vocabulary and step.
+
+    On a GPU what PyTorch has allocated there, else the resident memory of the process.
 
     Two steps without an optimiser, so that what is compared is what a step allocates on top of model and gradients.
     """
@@ -42,7 +46,7 @@ def _run(name: str, workload: Workload, vocab_size: int) -> int:
     step = build_step(name, workload, vocab_size=vocab_size)
     for _ in range(2):
         step()
-    return peak_rss_bytes()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
 def in_own_process(work: Callable[..., Any], *args: Any) -> Any:

@@ -65,7 +65,7 @@ def _on_workload(kind: str, what: str) -> None:
 
 
 _on_workload("step", "Time a step against the transformer body alone and against what others run (10 minutes).")
-_on_workload("memory", "Weigh a step: peak resident memory of a process of its own (15 minutes).")
+_on_workload("memory", "Weigh a step: peak memory, resident or on the GPU, of a process of its own (15 minutes).")
 _on_workload("accuracy", "Compare the candidate kernel with float64, beside the dense float32 computation (5 minutes).")
 _on_workload("scaling", "Time the default step over a growing number of tokens (2 minutes).")
 

@@ -174,7 +174,7 @@ def check_sparsity(
 def check_theory(
     as_json: AsJson = False,
     processes: Annotated[int, typer.Option(help="Decision processes, and trees, that are solved.")] = 300,
-    seed: Annotated[int, typer.Option(help="Seed of the processes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the processes.")] = 0,
 ) -> None:
     """Check the claims of docs/theory.md on exact random processes; exit code 1 if one is violated."""
     from tqdm import tqdm
@@ -215,7 +215,7 @@ def list_known(
     folder: Annotated[Path | None, typer.Option(help="Where to look for recipes or runs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List objectives with their settings, recipes, or runs."""
+    """List objectives with what they need (by default) and their settings, recipes, or runs."""
     from tdistill.cli.listing import listing
 
     rows = listing(what, folder)

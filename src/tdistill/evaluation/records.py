@@ -86,7 +86,7 @@ class EvaluationSettings(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.8, gt=0, le=1)
     batch_size: int = Field(default=16, ge=1)
-    bootstrap_seed: int = 0
+    bootstrap_seed: int = Field(default=0, ge=0)
     compare: tuple[tuple[str, str], ...] = ()
     start: str = "start"
     num_shown_prompts: int = Field(default=12, ge=0)

@@ -40,12 +40,8 @@ def decode_speed(model: PreTrainedModel, prompts_ids: Sequence[np.ndarray], num_
     return Interval(statistics.median(counted), min(counted), max(counted))
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of the tensors that safetensors would write, tied ones once, in the dtype that they are loaded in."""
-    tensors = {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in model.state_dict().values()}
-    return sum(tensors.values())
+    tensors = model.state_dict(keep_vars=True).values()
+    # What is offloaded has no place in memory, and is told apart by its object.
+    return sum({(tensor.device, tensor.data_ptr() or id(tensor)): tensor.nbytes for tensor in tensors}.values())
