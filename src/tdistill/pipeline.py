@@ -266,7 +266,7 @@ class Run:
         weights[TEACHER] = teacher.identity["weights_sha256"]
         asked = [PromptTokens(row.prompt_id, row.prompt_ids) for row in map(held_out.__getitem__, range(len(held_out)))]
         for name, model in {TEACHER: teacher.model, **subjects}.items():
-            check_context(model.config, name, asked, self.recipe.evaluation.max_new_tokens)
+            check_context(model.config, name, asked, self._longest_measured())
         pairs = tuple((self.recipe.final_phase, control) for control in self.recipe.controls)
         settings = self.recipe.evaluation.model_copy(update={"compare": self.recipe.evaluation.compare or pairs})
         results = evaluate(
@@ -420,7 +420,7 @@ class Run:
         recipe = self.recipe
         check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
         config = teacher.model.config
-        max_new_tokens = max(recipe.capture.max_new_tokens, recipe.evaluation.max_new_tokens)
+        max_new_tokens = max(recipe.capture.max_new_tokens, self._longest_measured())
         configs = {f"the teacher {recipe.teacher.model}": config}
         check_context(config, f"the teacher {recipe.teacher.model}", prompts, max_new_tokens)
         if recipe.student.layers is not None:
@@ -450,6 +450,10 @@ class Run:
             check_adapter(student, recipe.peft)
         if recipe.student.model is not None:
             self._make_start(teacher)
+
+    def _longest_measured(self) -> int:
+        """Tokens of the longest answer of an evaluation; timed ones do not end before."""
+        return max(self.recipe.evaluation.max_new_tokens, self.recipe.evaluation.speed_tokens)
 
     def _check_teacher(self, teacher: HFTeacher, store: Store) -> None:
         found, stored = teacher.identity["weights_sha256"], store.identity["teacher"]["weights_sha256"]

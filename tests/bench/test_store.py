@@ -19,6 +19,7 @@ from tdistill.bench.store import (
     read_in_process,
     synthetic_store,
 )
+from tdistill.errors import StoreError
 from tdistill.store import Store, verify_store
 from tdistill.store.schema import store_identity
 from tdistill.store.write import shard_header, write_manifest, write_shard
@@ -28,11 +29,11 @@ from tdistill.types import Trajectory
 VOCAB_SIZE, P_MAX = 400, 0.9
 
 
-def write_store(path: Path, trajectories: list[Trajectory]) -> Store:
+def write_store(path: Path, trajectories: list[Trajectory], p_max: float = P_MAX) -> Store:
     identity = store_identity(
         {"weights_sha256": "aa", "vocab_size": VOCAB_SIZE},
         (1,),
-        SamplingSettings(P_MAX, 16, 1.0, 64, 0),
+        SamplingSettings(p_max, 16, 1.0, 64, 0),
         mode="generate",
         log_prob_bits=16,
         tokenizer_sha256="bb",
@@ -51,6 +52,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Store:
         Trajectory(f"prompt-{n}", 0, t.prompt_ids, t.response_ids, t.ends, t.source, t.sets) for n, t in enumerate(rows)
     ]
     return write_store(tmp_path_factory.mktemp("source") / "store", rows)
+
+
+def test_a_store_without_sets_is_refused(tmp_path: Path):
+    write_store(tmp_path / "store", [random_trajectory(0, VOCAB_SIZE, 6, 60, "truncated", largest_set=16)], p_max=1.0)
+    with pytest.raises(StoreError, match=r"was captured at p_max = 1, which keeps no action sets.*p_max below 1"):
+        measure(tmp_path / "store")
 
 
 def test_report(source: Store, monkeypatch: pytest.MonkeyPatch):

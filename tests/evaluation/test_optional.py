@@ -90,7 +90,7 @@ def test_exposure(subjects, teacher, tokenizer, held_out):
     assert excess.value == pytest.approx(own.value / stored.value - 1, rel=1e-6)
     assert excess.low < excess.value < excess.high
     assert f"Over positions 1 to {length}; own prefixes are samples at top-p 0.8." in excess.note
-    again = Results.from_json(results.to_json())
+    again = Results.model_validate_json(results.to_json())
     assert again.exposure == results.exposure
 
 

@@ -187,6 +187,13 @@ def test_prompts_that_leave_no_room_for_an_answer_are_named(project: Project):
     nothing_left(project.folder)
 
 
+@pytest.mark.usefixtures("no_answer")
+def test_prompts_that_leave_no_room_for_a_timed_answer_are_named(project: Project):
+    outcome = project.call(evaluation={"speed_tokens": 125})
+    refused(outcome, 3, "its answer up to 125", project.tree["teacher"]["model"], "128")
+    nothing_left(project.folder)
+
+
 @pytest.mark.usefixtures("no_teacher")
 def test_references_to_some_held_out_prompts_only_are_found_before_anything_is_measured(project: Project):
     path = Path(project.tree["data"]["held_out"])

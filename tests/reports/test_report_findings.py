@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from synthetic_run import make_results
+from synthetic_run import make_results, record
 
 from tdistill.reports.findings import DISTINCT_2_FLOOR, distinct_2_checks, distinct_2_floor, paired_readings, verdict
 from tdistill.reports.load import Results
@@ -63,5 +63,19 @@ def test_distinct_2_floor_is_half_the_teachers_and_a_collapse_is_told() -> None:
 
 
 def test_paired_readings() -> None:
-    readings = {row.comparison: row.reading for row in paired_readings(edited(low=-0.21, high=0.01), "held_out")}
+    readings = {row.comparison: row.reading for row in paired_readings(edited(low=-0.21, high=0.01))}
     assert readings == {"bd − sft": "separated, better", "bd − sft_continued": "includes 0: not separated"}
+
+
+def test_paired_readings_of_tasks_and_texts_are_among_them() -> None:
+    content = make_results()
+    content["records"] += [
+        record("task_accuracy", "bd", 0.2, 0.1, against="sft", split="sums", unit="share", higher_is_better=True),
+        record("text_nll", "bd", 0.2, 0.1, against="sft", split="text", higher_is_better=False),
+    ]
+    rows = paired_readings(Results.model_validate(content))
+    assert [(row.metric, row.split, row.reading) for row in rows[-2:]] == [
+        ("task_accuracy", "sums", "separated, better"),
+        ("text_nll", "text", "separated, worse"),
+    ]
+    assert {row.split for row in rows[:-2]} == {"held_out"}

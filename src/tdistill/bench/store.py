@@ -19,6 +19,7 @@ import torch
 
 from tdistill.actions import nested_sizes, prefix_mass, sample_from_sets
 from tdistill.bench.memory import in_own_process, peak_rss_bytes
+from tdistill.evaluation.sparsity import check_has_sets
 from tdistill.store import Store, codes
 from tdistill.store.write import (
     index_rows,
@@ -70,8 +71,11 @@ def measure(
         ``encodings``: of ids and log-probabilities by representation, Parquet encoding and zstd level.
         ``log_prob_error``: by bits. ``reading``: response tokens per second from the file to the collated batch.
         ``opening``: one row per synthetic store.
+    Raises:
+        StoreError: the store is at p_max = 1, which keeps no sets.
     """
     store = Store.open(store_path)
+    check_has_sets(store)
     trajectories = [store[row] for row in range(len(store))]
     with tempfile.TemporaryDirectory() as folder, _one_thread():
         return {

@@ -35,7 +35,7 @@ from tdistill.evaluation.optional import (
 from tdistill.evaluation.records import EvaluationSettings, Result, Results, Scores, ShownAnswers
 from tdistill.evaluation.rouge import has_words, rouge_l
 from tdistill.evaluation.scope import TEACHER, Scope
-from tdistill.evaluation.speed import decode_speed, weights_bytes
+from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
 from tdistill.prompts import num_token_ids
 from tdistill.types import Trajectory
@@ -405,7 +405,7 @@ def _answer_records(
 def _cost_records(
     scope: Scope, name: str, model: PreTrainedModel, prompts_ids: list[np.ndarray], speed_tokens: int
 ) -> list[Result]:
-    parameters, size = float(model.num_parameters()), float(weights_bytes(model))
+    parameters, size = float(num_parameters(model)), float(weights_bytes(model))
     exact = {"level": None, "num_items": 1}
     return [
         scope.record(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_serializer
 
-from tdistill.errors import DataFileError
 from tdistill.evaluation.exposure import ExposureCurve, ExposureSettings
 from tdistill.evaluation.judge import JudgeSettings
 from tdistill.evaluation.perplexity import PerplexitySettings
@@ -198,22 +197,6 @@ class Results(BaseModel):
     def to_json(self) -> str:
         """Return the JSON text of ``results.json``."""
         return self.model_dump_json(indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Results:
-        """Read the text that :meth:`to_json` writes.
-
-        Raises:
-            DataFileError: not JSON, or a field is missing or of another type.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole text"
-            raise DataFileError(
-                f"The text is not a results.json of tdistill: {where}: {first['msg']}. Evaluate the run again."
-            ) from error
 
     def find(self, metric: str, subject: str, against: str | None = None) -> Result | None:
         """Return the record of a metric and subject, or None."""

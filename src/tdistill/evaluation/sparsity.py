@@ -43,6 +43,15 @@ def sparsity(store: Store, max_trajectories: int = 2000) -> dict[str, Any] | Non
     return None if store.p_max == 1.0 else _sets_part(_Sample.read(store, max_trajectories), _MASSES)
 
 
+def check_has_sets(store: Store) -> None:
+    """Raise StoreError for a store at p_max = 1."""
+    if store.p_max == 1.0:
+        raise StoreError(
+            f"{store.path} was captured at p_max = 1, which keeps no action sets, so it does not say how large they "
+            "are. Capture with p_max below 1, such as capture.p_max=0.95."
+        )
+
+
 def sparsity_study(
     store: Store,
     gamma: float = 0.99,
@@ -74,11 +83,7 @@ def sparsity_study(
         StoreError: the store is at p_max = 1, which keeps no sets.
         DomainError: gamma or a budget outside its domain.
     """
-    if store.p_max == 1.0:
-        raise StoreError(
-            f"{store.path} was captured at p_max = 1, which keeps no action sets, so it does not say how large they "
-            "are. Capture with p_max below 1, such as capture.p_max=0.95."
-        )
+    check_has_sets(store)
     for budget in budgets_nats or ():
         check_budget(budget)
     kappas = {p: kappa(p, gamma) for p in _masses(store.p_max, _STUDY_MASSES)}

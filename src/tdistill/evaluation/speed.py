@@ -40,6 +40,11 @@ def decode_speed(model: PreTrainedModel, prompts_ids: Sequence[np.ndarray], num_
     return Interval(statistics.median(counted), min(counted), max(counted))
 
 
+def num_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones once, and those that are packed in 4 bits one by one."""
+    return model.num_parameters()
+
+
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of the tensors that safetensors would write, tied ones once, in the dtype that they are loaded in."""
     tensors = model.state_dict(keep_vars=True).values()

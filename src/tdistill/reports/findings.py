@@ -38,6 +38,7 @@ class PairedReading:
     """One paired difference and what it shows."""
 
     metric: str
+    split: str
     comparison: str
     difference: str
     reading: str
@@ -101,11 +102,11 @@ def _against_control(results: Results, final: str, control: str, split: str) -> 
             return f"{difference}: {final} is farther from the teacher than its control."
 
 
-def paired_readings(results: Results, split: str) -> tuple[PairedReading, ...]:
-    """Every paired difference of a split, in the order of the file."""
+def paired_readings(results: Results) -> tuple[PairedReading, ...]:
+    """Every paired difference, in the order of the file."""
     readings = []
     for record in results.records:
-        if record.against is None or record.split != split:
+        if record.against is None:
             continue
         sign = sign_of_interval(record)
         if not has_interval(record):
@@ -119,6 +120,7 @@ def paired_readings(results: Results, split: str) -> tuple[PairedReading, ...]:
         readings.append(
             PairedReading(
                 metric=record.metric,
+                split=record.split,
                 comparison=f"{record.subject} − {record.against}",
                 difference=_with_unit(record, signed=True),
                 reading=reading,

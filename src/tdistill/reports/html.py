@@ -21,8 +21,6 @@ from tdistill.reports.load import RunArtifacts, load_run
 from tdistill.reports.records import format_number, format_record, main_split, scale_of
 from tdistill.reports.tables import GROUP_TITLES, build_table
 
-NUM_ANSWERS = 12
-
 # Names, prompts and answers are other people's text: everything that a template prints is escaped.
 ENVIRONMENT = Environment(
     loader=PackageLoader("tdistill.reports", "templates"),
@@ -55,13 +53,13 @@ def report_html(artifacts: RunArtifacts) -> str:
         other_tables=[
             table for name in other_splits for g in ("fidelity", "answers") if (table := build_table(results, g, name))
         ],
-        paired=paired_readings(results, split),
+        paired=paired_readings(results),
         # Matplotlib and ElementTree have escaped these.
         figures={name: Markup(svg) if svg else None for name, svg in figures.items()},
         distinct_2_share=DISTINCT_2_FLOOR,
         distinct_2_floor=distinct_2_floor(results),
         distinct_2_checks=distinct_2_checks(results),
-        answers=results.answers[:NUM_ANSWERS],
+        answers=results.answers,
         recipe=artifacts.recipe,
         environment=artifacts.environment,
         number=format_number,

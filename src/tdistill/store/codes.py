@@ -111,11 +111,6 @@ def mass_error(bits: int) -> float:
     return 0.0 if bits == 16 else 0.5 / _MASS_STEPS
 
 
-def log_sum_exp_error(bits: int) -> float:
-    """Largest error of a stored ``log_sum_exp``, nats: none beside 16-bit log-probabilities, 1/32 beside those of 8."""
-    return 0.0 if bits == 16 else 0.5 / _LOG_SUM_EXP_STEPS
-
-
 def pack_log_sum_exp(log_sum_exp_R: np.ndarray, bits: int) -> np.ndarray:
     """What stands for ``log_sum_exp``: float32 as it is, or int32 steps of 1/16 nat beside 8-bit log-probabilities."""
     if bits == 16:
