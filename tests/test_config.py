@@ -423,10 +423,10 @@ def test_all_defects_are_reported_at_once(plain: Path):
             "phases.bd.args.load_best_model_at_end=true",
             ["phases.bd.args", "load_best_model_at_end", "eval_strategy", "alike", "no and steps"],
         ),
-        ("phases.bd.args.metric_for_best_model=loss", ["phases.bd.args.metric_for_best_model", "'loss'", "nll"]),
+        ("phases.bd.args.metric_for_best_model=loss", ["phases.bd.args: metric_for_best_model", "'loss'", "nll"]),
         (
-            "phases.bd.args.metric_for_best_model=agreement_top1",
-            ["phases.bd.args.greater_is_better", "agreement_top1", "Set it to true"],
+            "phases.bd.args={metric_for_best_model: agreement_top1, greater_is_better: false}",
+            ["phases.bd.args: greater_is_better = False", "worst agreement_top1", "Leave it out"],
         ),
         ("peft={r: four}", ["peft", "'r'", "integer", "'four'"]),
         ("name=''", ["name", "at least 1 character"]),

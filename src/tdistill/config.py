@@ -44,8 +44,6 @@ _BASE = "base"
 _UNSET_VARIABLE = re.compile(r"Environment variable '([^']+)' not found")
 # Names of folders.
 _PHASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-# What the dev split is measured by, and whether more is better; without action sets only the first exists.
-_DEV_METRICS = {"nll": False, "kl_set_tail": False, "mass_outside_set": False, "agreement_top1": True}
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
@@ -319,7 +317,6 @@ class Recipe(_Strict):
                     f"phases.{name}.rollouts out, or take an objective that compares the student with the teacher "
                     "there, such as gkd."
                 )
-            _check_dev_metric(args, where, without_sets=p_max == 1.0)
         return self
 
     @model_validator(mode="after")
@@ -518,6 +515,12 @@ def _objective_class(name: Any) -> type:
 
 def _check_without_sets(args: TDistillConfig, where: str) -> None:
     """Raise ConfigError unless a phase can train on trajectories without action sets."""
+    # The trainer puts nll in the place of its own default.
+    if args.metric_for_best_model not in ("eval_kl_set_tail", "eval_nll", "nll"):
+        raise ConfigError(
+            f"{where}.metric_for_best_model = '{args.metric_for_best_model}' is not measured at capture.p_max = 1, "
+            "which keeps no action sets. Known: nll."
+        )
     objective = args.build_objective()
     if not objective.uses_sets:
         return
@@ -538,26 +541,6 @@ def _check_without_sets(args: TDistillConfig, where: str) -> None:
         check_full_support(objective)
     except TDistillError as error:
         raise type(error)(f"{where}, capture.p_max = 1: {error}") from error
-
-
-def _check_dev_metric(args: TDistillConfig, where: str, without_sets: bool) -> None:
-    """Raise ConfigError unless the metric that chooses a checkpoint will be measured, and in the right direction."""
-    if args.metric_for_best_model is None:
-        return
-    # The trainer puts nll in the place of its own default where no sets are listed.
-    only_nll = without_sets and args.metric_for_best_model != "eval_kl_set_tail"
-    known = ["nll"] if only_nll else list(_DEV_METRICS)
-    metric = args.metric_for_best_model.removeprefix("eval_")
-    if metric not in known:
-        raise ConfigError(
-            f"{where}.metric_for_best_model = '{args.metric_for_best_model}' is not measured on the dev split."
-            f"{did_you_mean(metric, known)}"
-        )
-    if bool(args.greater_is_better) != _DEV_METRICS[metric]:
-        raise ConfigError(
-            f"{where}.greater_is_better = {args.greater_is_better} would keep the worst {metric}. "
-            f"Set it to {str(_DEV_METRICS[metric]).lower()}."
-        )
 
 
 def _explain(error: Any) -> str:

@@ -130,6 +130,28 @@ def test_checkpoints_are_written_at_evaluations_or_at_each_tenth(
 
 
 @pytest.mark.parametrize(
+    ("metric", "greater"),
+    [(None, False), ("eval_kl_set_tail", False), ("nll", False), ("agreement_top1", True), ("eval_agreement_top1", True)],
+)
+def test_what_is_better_follows_from_the_metric(tmp_path, metric, greater):
+    assert settings(tmp_path, metric_for_best_model=metric).greater_is_better is greater
+    with pytest.raises(ConfigError, match=f"greater_is_better = {not greater} would keep the worst"):
+        settings(tmp_path, metric_for_best_model=metric, greater_is_better=not greater)
+
+
+def test_a_metric_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"metric_for_best_model = 'eval_loss' is not measured.*nll"):
+        settings(tmp_path, metric_for_best_model="eval_loss")
+
+
+def test_the_best_checkpoint_may_be_the_only_one_that_is_written(tmp_path):
+    best = {"load_best_model_at_end": True, "save_strategy": "best"}
+    assert settings(tmp_path, eval_strategy="steps", eval_steps=2, **best).load_best_model_at_end
+    with pytest.raises(ConfigError, match="they are no and best"):
+        settings(tmp_path, **best)
+
+
+@pytest.mark.parametrize(
     ("given", "number"),
     [
         ({"save_strategy": "no"}, 0),

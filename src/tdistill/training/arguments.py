@@ -16,6 +16,8 @@ from tdistill.objectives import Objective, OffSupport, objective_class
 KernelName = Literal["candidates", "reference"]
 # A checkpoint holds the optimizer too, three times the weights: at most ten are written.
 _SHARE_BETWEEN_CHECKPOINTS = 0.1
+# What the dev split is measured by, and whether more is better; without action sets only the first exists.
+DEV_METRICS = {"nll": False, "kl_set_tail": False, "mass_outside_set": False, "agreement_top1": True}
 # Arguments of transformers that nothing would read, and why.
 _WITHOUT_EFFECT = {
     "per_device_train_batch_size": "a micro-batch holds about response_tokens_per_batch tokens",
@@ -62,6 +64,7 @@ class TDistillConfig(TrainingArguments):
         save_total_limit: checkpoints that are kept, the best one among them; None keeps all.
         metric_for_best_model: ``eval_kl_set_tail`` unless given; ``eval_nll`` takes its place where the dev store
             lists no sets.
+        greater_is_better: None is what holds for that metric, and anything else is refused; a bool from then on.
     """
 
     # Of what may be JSON on the command line.
@@ -91,7 +94,7 @@ class TDistillConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(default="none")  # noqa: RUF036 - HfArgumentParser takes the second
     metric_for_best_model: str | None = field(default="eval_kl_set_tail")
-    greater_is_better: bool | None = field(default=False)
+    greater_is_better: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
         if self.p is not None:
@@ -113,10 +116,11 @@ class TDistillConfig(TrainingArguments):
         evaluates, saves = (
             str(getattr(strategy, "value", strategy)) for strategy in (self.eval_strategy, self.save_strategy)
         )
-        if self.load_best_model_at_end and evaluates != saves:
+        if self.load_best_model_at_end and evaluates != saves and not (saves == "best" and evaluates != "no"):
             raise ConfigError(
                 f"load_best_model_at_end needs eval_strategy and save_strategy alike; they are {evaluates} and {saves}."
             )
+        self._settle_metric()
         if not 0 < self.slow_copy_rate <= 1:
             raise ConfigError(f"slow_copy_rate = {self.slow_copy_rate} is outside (0, 1].")
         if self.kernel not in get_args(KernelName):
@@ -149,6 +153,20 @@ class TDistillConfig(TrainingArguments):
                 "projected probability is 0 outside the set. Set outside to drop."
             )
         self.build_off_support()
+
+    def _settle_metric(self) -> None:
+        """Check the metric that chooses a checkpoint, and in which direction it is better."""
+        given = self.metric_for_best_model = self.metric_for_best_model or "eval_kl_set_tail"
+        metric = given.removeprefix("eval_")
+        if metric not in DEV_METRICS:
+            raise ConfigError(
+                f"metric_for_best_model = '{given}' is not measured on the dev split.{did_you_mean(metric, DEV_METRICS)}"
+            )
+        if self.greater_is_better not in (None, DEV_METRICS[metric]):
+            raise ConfigError(
+                f"greater_is_better = {self.greater_is_better} would keep the worst {metric}. Leave it out."
+            )
+        self.greater_is_better = DEV_METRICS[metric]
 
     def build_objective(self) -> Objective:
         """Return the objective.
