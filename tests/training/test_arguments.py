@@ -131,7 +131,7 @@ def test_checkpoints_are_written_at_evaluations_or_at_each_tenth(
 
 @pytest.mark.parametrize(
     ("metric", "greater"),
-    [(None, False), ("eval_kl_set_tail", False), ("nll", False), ("agreement_top1", True), ("eval_agreement_top1", True)],
+    [(None, False), ("eval_kl_set_tail", False), ("nll", False), ("agreement_top1", True)],
 )
 def test_what_is_better_follows_from_the_metric(tmp_path, metric, greater):
     assert settings(tmp_path, metric_for_best_model=metric).greater_is_better is greater

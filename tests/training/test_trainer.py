@@ -43,7 +43,7 @@ from tdistill.errors import (
 from tdistill.objectives import IQLearn
 from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
-from tdistill.training.arguments import TDistillConfig
+from tdistill.training.arguments import DEV_METRICS, TDistillConfig
 from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, last_checkpoint
 from tdistill.types import Trajectory
 
@@ -402,6 +402,18 @@ def test_bfloat16_autocast_is_near_float32(make_trainer, tiny_stores, objective)
     np.testing.assert_allclose(runs[True][0], runs[False][0], rtol=0.03)
     assert runs[True][1] == pytest.approx(runs[False][1], rel=0.05)
     assert (runs[True][0] != runs[False][0]).any(), "autocast was on"
+
+
+def test_the_dev_split_is_measured_in_the_precision_of_training_before_it_too(make_trainer, tiny_stores):
+    def measured(trainer: TDistillTrainer) -> dict[str, float]:
+        found = trainer.evaluate()
+        return {name: found[f"eval_{name}"] for name in DEV_METRICS}
+
+    common = {"dev": tiny_stores["dev"], "learning_rate": 0.0, "max_steps": 1}
+    trainer = make_trainer(bf16=True, **common)
+    before = measured(trainer)
+    trainer.train()
+    assert measured(trainer) == before != measured(make_trainer(**common))
 
 
 def test_every_micro_batch_passes_through_the_wrapped_model(make_trainer):

@@ -160,7 +160,8 @@ class TDistillConfig(TrainingArguments):
         metric = given.removeprefix("eval_")
         if metric not in DEV_METRICS:
             raise ConfigError(
-                f"metric_for_best_model = '{given}' is not measured on the dev split.{did_you_mean(metric, DEV_METRICS)}"
+                f"metric_for_best_model = '{given}' is not measured on the dev split."
+                f"{did_you_mean(metric, DEV_METRICS)}"
             )
         if self.greater_is_better not in (None, DEV_METRICS[metric]):
             raise ConfigError(

@@ -359,11 +359,13 @@ class TDistillTrainer(Trainer):
         """
         loader = self.get_eval_dataloader(eval_dataset)
         meter, started = MeanMeter(), time.perf_counter()
+        self._place_for_evaluation()
         model: Any = self.model
         model.eval()
         for inputs in loader:
             inputs = self._prepare_inputs(inputs)
-            stats, outputs = self._statistics(model, inputs)
+            with self.accelerator.autocast():  # which accelerate builds into the forward when training begins
+                stats, outputs = self._statistics(model, inputs)
             meter.add(_evaluation_sums(stats, outputs["top_N"], inputs["action_ids_M"]))
         model.train()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.pop(self.accelerator).items()}
@@ -371,6 +373,15 @@ class TDistillTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _place_for_evaluation(self) -> None:
+        """Shard a model that no training has sharded, or move it: with a plain one transformers has done so."""
+        if self.accelerator._models:
+            return
+        if self.is_fsdp_enabled:
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+        elif self.is_deepspeed_enabled:
+            self.model.to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's terms, tokens seen and tokens per second to training logs."""
