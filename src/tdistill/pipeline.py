@@ -516,7 +516,6 @@ class Run:
         self.say(f"trains phase {name}" + (f" on from {Path(last).name}" if last else ""))
         init = self.phase_path(self.recipe.init_of(name))
         model, tokenizer = self._load(init, self.recipe.student.attn_implementation), load_tokenizer(init)
-        check_room(self.folder, model, checkpoints_at_once(args, stores["train"]))
         adapter = None
         if self.recipe.peft is not None:
             from peft import LoraConfig
@@ -538,6 +537,7 @@ class Run:
             teacher=None if teacher is None else teacher.model,
             callbacks=[metrics, clock],
         )
+        check_room(self.folder, trainer, checkpoints_at_once(args, stores["train"]))
         if state is not None and state.global_step >= state.max_steps:
             # Only the export was missing. transformers would train one more step from here.
             trainer.state = state

@@ -9,26 +9,42 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdistill.errors import ConfigError, NoSpaceError, PromptTooLongError, TeacherLogitsError
 from tdistill.teachers.hf import HFTeacher
+from tdistill.training.trainer import TDistillTrainer
 from tdistill.types import PromptTokens
 
 
-def check_room(folder: Path, model: PreTrainedModel, num_checkpoints: int) -> None:
-    """Weights with two optimizer moments per checkpoint that is there at once, and the finished weights.
+def check_room(folder: Path, trainer: TDistillTrainer, num_checkpoints: int) -> None:
+    """Raise NoSpaceError unless a folder has room for the checkpoints that are there at once and the finished weights.
 
-    Raises:
-        NoSpaceError: less room than that; names both figures.
+    Checkpoints of the phase that are there already are replaced, so that their room counts as free.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed, free = weights * (3 * num_checkpoints + 1), shutil.disk_usage(folder).free
+    needed = _bytes(trainer.model.parameters()) + num_checkpoints * checkpoint_bytes(trainer)
+    there = Path(str(trainer.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*/**/*")
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in there)
     if free < needed:
         raise NoSpaceError(
             f"Training needs up to {needed / 1e9:.1f} GB in {folder} for checkpoints; {free / 1e9:.1f} GB are free. "
             "Make room, choose another output folder, or lower save_total_limit."
         )
+
+
+def checkpoint_bytes(trainer: TDistillTrainer) -> int:
+    """Bytes of one checkpoint: weights (of an adapter alone), two moments of each trained one, and a slow copy."""
+    parameters = list(trainer.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    kept = trained if hasattr(trainer.model, "merge_and_unload") else parameters
+    moments = 0 if trainer.args.save_only_model else 2 * _bytes(trained)
+    return _bytes(kept) + moments + (_bytes(trainer.slow_copy.model.parameters()) if trainer.slow_copy else 0)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def check_context(config: Any, who: str, prompts: Iterable[PromptTokens], max_new_tokens: int) -> None:

@@ -744,9 +744,9 @@ def test_a_training_for_which_there_is_no_room_is_refused_before_its_first_step(
     needed: list[int] = []
     check_room = stages.check_room
 
-    def noting(folder: Path, model: Any, num_checkpoints: int) -> None:
+    def noting(folder: Path, trainer: Any, num_checkpoints: int) -> None:
         needed.append(num_checkpoints)
-        check_room(folder, model, num_checkpoints)
+        check_room(folder, trainer, num_checkpoints)
 
     monkeypatch.setattr(stages, "check_room", noting)
     assert captured.call("train").code == 0

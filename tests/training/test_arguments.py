@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from training_support import settings
 from transformers import TrainerCallback
 
 from tdistill.config import load_recipe
-from tdistill.errors import ConfigError
+from tdistill.errors import ConfigError, NoSpaceError
+from tdistill.preflight import check_room, checkpoint_bytes
 from tdistill.training import TDistillConfig, arguments
 from tdistill.training.checkpoints import checkpoints_at_once
 from tdistill.training.trainer import TDistillTrainer
@@ -186,3 +188,41 @@ def test_the_checkpoints_of_epochs_are_those_that_training_leaves(load_start, ti
         trainer.train()
         left = len(list((tmp_path / strategy).glob("checkpoint-*")))
         assert checkpoints_at_once(args, tiny_stores["train"]) == left == expected
+
+
+SLOW = {"name": "sqil", "target": "slow", "student_weight": 0.0}
+
+
+def lora(rank: int) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("given", "adapter"),
+    [({}, False), ({"save_only_model": True}, False), ({}, True), ({"objective": SLOW}, False)],
+    ids=["all weights", "weights alone", "adapter", "slow copy"],
+)
+def test_a_checkpoint_takes_the_room_that_is_asked_for(
+    load_start, tiny_stores, tiny_tokenizer, tmp_path, monkeypatch, given, adapter
+):
+    """With room for that and the finished weights training may begin, with a little less not, unless it goes on."""
+    args = settings(tmp_path, **{"max_steps": 1, "save_strategy": "steps", "save_steps": 1, **given})
+    trainer = TDistillTrainer(
+        load_start(), args, tiny_stores["train"], None, tiny_tokenizer, peft_config=lora(32) if adapter else None
+    )
+    weights = sum(parameter.numel() * 4 for parameter in trainer.model.parameters())
+    asked = checkpoint_bytes(trainer)
+
+    def with_free(room: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room))
+        check_room(tmp_path, trainer, 1)
+
+    with_free(asked + weights)
+    with pytest.raises(NoSpaceError, match=r"checkpoints; .* GB are free"):
+        with_free(asked + weights - 1)
+    trainer.train()
+    files = list((tmp_path / "checkpoint-1").iterdir())
+    tensors = sum(file.stat().st_size for file in files if file.name == "optimizer.pt" or file.suffix == ".safetensors")
+    assert asked == pytest.approx(tensors, rel=0.1)
+    with_free(int(weights + 0.1 * asked))
