@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +87,33 @@ def test_a_recipe_may_say_bf16_or_leave_it_open(tmp_path, on_gpu):
     assert load_recipe(tmp_path / "recipe.yaml", ["phases.sft.args.bf16=null"]).arguments("sft", "x").bf16 is True
     with pytest.raises(ConfigError, match=r"'bf16'.*given: 'half'"):
         load_recipe(tmp_path / "recipe.yaml", ["phases.sft.args.bf16=half"])
+
+
+# ---- what nothing would read ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("average_tokens_across_devices", False),
+        ("remove_unused_columns", True),
+        ("label_names", ["labels"]),
+        ("length_column_name", "width"),
+        ("include_for_metrics", ["loss"]),
+        ("batch_eval_metrics", True),
+        ("eval_do_concat_batches", False),
+        ("eval_use_gather_object", True),
+        ("include_num_input_tokens_seen", "all"),
+    ],
+)
+def test_an_argument_that_nothing_would_read_is_refused(tmp_path, name, value):
+    with pytest.raises(ConfigError, match=rf"{name} = .* has no effect here: .*Leave it out"):
+        settings(tmp_path, **{name: value})
+
+
+def test_arguments_may_be_copied(tmp_path):
+    config = settings(tmp_path, objective="sft", include_num_input_tokens_seen=False)
+    assert replace(config, seed=3).to_dict() == {**config.to_dict(), "seed": 3}
 
 
 # ---- checkpoints ----

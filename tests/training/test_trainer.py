@@ -704,6 +704,23 @@ def test_a_normaliser_that_the_off_support_term_does_not_have_is_refused(make_tr
     make_trainer(off_support="tail")
 
 
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
+def test_what_the_trainer_would_not_call_is_refused(load_start, tiny_stores, tiny_tokenizer, tmp_path, name):
+    args = load_start(), settings(tmp_path), tiny_stores["train"], None, tiny_tokenizer
+    with pytest.raises(ConfigError, match=f"{name} has no effect here"):
+        TDistillTrainer(*args, **{name: print})
+
+
+def test_p_beside_an_objective_that_reads_no_sets_is_warned_of(make_trainer, caplog):
+    make_trainer(objective="iq_learn", p=0.5)
+    make_trainer(objective="sft")
+    assert not caplog.records
+    make_trainer(objective="sft", p=0.5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "p = 0.5 has no effect: the objective 'sft' reads no action sets with these settings."
+    ]
+
+
 def test_an_unknown_kind_of_off_support_is_refused(make_trainer):
     with pytest.raises(ConfigError, match=r"tial.*tail"):
         make_trainer(off_support="tial")

@@ -31,6 +31,14 @@ _WITHOUT_EFFECT = {
     "fp16_full_eval": "the dev split is measured in the precision of training",
     "include_num_input_tokens_seen": "response_tokens are counted and logged",
     "auto_find_batch_size": "it would change per_device_train_batch_size",
+    "average_tokens_across_devices": "a step is divided by the tokens of all processes",
+    "remove_unused_columns": "a store has no columns to remove",
+    "label_names": "a store's tokens are the labels",
+    "length_column_name": "a store knows the lengths of its answers",
+    "include_for_metrics": "the dev split's measures are those of TDistillTrainer.evaluate",
+    "batch_eval_metrics": "the dev split's measures are summed as they come",
+    "eval_do_concat_batches": "the dev split's measures are summed as they come",
+    "eval_use_gather_object": "the dev split's measures are summed as they come",
 }
 
 
@@ -108,10 +116,11 @@ class TDistillConfig(TrainingArguments):
                 )
         if self.response_tokens_per_batch < 1:
             raise ConfigError(f"response_tokens_per_batch = {self.response_tokens_per_batch} must be at least 1.")
-        defaults = {of.name: of.default for of in fields(TrainingArguments)}
+        defaults = {of.name: of.default for of in fields(self)}
         for name, instead in _WITHOUT_EFFECT.items():
-            value = getattr(self, name, None)
-            if value not in (None, False, defaults.get(name)):
+            value, default = getattr(self, name, None), defaults.get(name)
+            left_out = value in (None, default) or (not value and default is not True)
+            if not left_out:
                 raise ConfigError(f"{name} = {value} has no effect here: {instead}. Leave it out.")
         evaluates, saves = (
             str(getattr(strategy, "value", strategy)) for strategy in (self.eval_strategy, self.save_strategy)

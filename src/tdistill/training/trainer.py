@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +33,14 @@ from tdistill.training.rollouts import Rollouts, check_log_probs_sampled
 from tdistill.training.slow_copy import SlowCopy
 from tdistill.training.student import VALUE_HEAD, LiveTeacher, add_value_head, attach_statistics
 from tdistill.types import ActionStats
+
+_log = logging.getLogger(__name__)
+# Arguments of transformers.Trainer that nothing would read, and what stands in their place.
+_WITHOUT_EFFECT = {
+    "compute_loss_func": "the objective is the loss; write one (docs/adding-an-objective.md)",
+    "compute_metrics": "the dev split's measures are those of evaluate(); override it",
+    "preprocess_logits_for_metrics": "no logits are kept",
+}
 
 
 class NonFiniteLossError(TDistillError):
@@ -76,7 +85,7 @@ class TDistillTrainer(Trainer):
         TokenizerMismatchError: tokenizer or vocabulary differ from the store's.
         UnsupportedModelError: the model's head is not a plain linear layer.
         ConfigError: the objective needs rollouts and there are none, or takes none, or a way of training that they do
-            not work with.
+            not work with; an argument of transformers.Trainer that nothing would read.
     """
 
     args: TDistillConfig
@@ -99,6 +108,15 @@ class TDistillTrainer(Trainer):
     ) -> None:
         self.objective, self.off_support = args.build_objective(), args.build_off_support()
         self.store, self.meter, self.rollouts = train_dataset, MeanMeter(), rollouts
+        for name, instead in _WITHOUT_EFFECT.items():
+            if kwargs.get(name) is not None:
+                raise ConfigError(f"{name} has no effect here: {instead}. Leave it out.")
+        for name in ("p", "p_budget_nats"):
+            if getattr(args, name) is not None and not self.objective.uses_sets:
+                _log.warning(
+                    "%s = %s has no effect: the objective '%s' reads no action sets with these settings.",
+                    *(name, getattr(args, name), self.objective.name),
+                )
         if self.objective.needs_rollouts and rollouts is None:
             raise ConfigError(
                 f"The objective '{self.objective.name}' with these settings learns from the student's own answers; "
