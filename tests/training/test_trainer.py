@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import golden_training
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import support
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from torch import nn
 from training_support import (
     ALL_PARTS,
@@ -31,6 +33,7 @@ from training_support import (
 )
 from transformers import TrainerCallback
 
+import tdistill.training.trainer as trainer_module
 from tdistill.actions import nested_sizes
 from tdistill.errors import (
     ConfigError,
@@ -414,6 +417,25 @@ def test_the_dev_split_is_measured_in_the_precision_of_training_before_it_too(ma
     before = measured(trainer)
     trainer.train()
     assert measured(trainer) == before != measured(make_trainer(**common))
+
+
+def test_deepspeed_rounds_no_log_probability(make_trainer, monkeypatch):
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer = make_trainer()
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    batch = trainer.data_collator([trainer.store[0]])
+    for name, tensor in trainer._prepare_inputs(batch).items():
+        assert tensor.dtype == batch[name].dtype and torch.equal(tensor, batch[name]), name
+
+
+def test_weights_or_sequences_that_no_process_has_whole_are_refused(make_trainer, monkeypatch):
+    for name in ("cp_size", "sp_size"):
+        with pytest.raises(ConfigError, match=rf"parallelism_config\.{name} = 2 is not supported.*Leave it out"):
+            make_trainer(parallelism_config=ParallelismConfig(**{name: 2}))
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match=r"ZeRO stage 3 is not supported.*stage 1 or 2, or FSDP2"):
+        make_trainer()
 
 
 def test_every_micro_batch_passes_through_the_wrapped_model(make_trainer):

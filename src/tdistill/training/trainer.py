@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -85,7 +87,8 @@ class TDistillTrainer(Trainer):
         TokenizerMismatchError: tokenizer or vocabulary differ from the store's.
         UnsupportedModelError: the model's head is not a plain linear layer.
         ConfigError: the objective needs rollouts and there are none, or takes none, or a way of training that they do
-            not work with; an argument of transformers.Trainer that nothing would read.
+            not work with; weights or sequences in parts that are not put together (ZeRO-3, context parallelism); an
+            argument of transformers.Trainer that nothing would read.
     """
 
     args: TDistillConfig
@@ -138,6 +141,7 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings compares whole distributions; give the "
                 "trainer `teacher`, or set source to store."
             )
+        _check_whole(args.parallelism_config)
         for name, store in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if store is None:
                 continue
@@ -198,6 +202,7 @@ class TDistillTrainer(Trainer):
             data_collator=self._train_collator,
             **kwargs,
         )
+        _check_whole(self.accelerator.parallelism_config)  # which may come from the launcher
         if self.args.n_gpu > 1:
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
         if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -268,6 +273,10 @@ class TDistillTrainer(Trainer):
             generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # transformers would cast log-probabilities to DeepSpeed's dtype.
+        return send_to_device(data, self.args.device)
 
     # ---- loss ----
 
@@ -485,6 +494,21 @@ class TDistillTrainer(Trainer):
                 "Leave both out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
             )
         return adapted
+
+
+def _check_whole(parallelism: Any) -> None:
+    """Raise ConfigError where a process would hold a part of the weights or of a sequence, and nothing the whole."""
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "DeepSpeed's ZeRO stage 3 is not supported: the output matrix is read outside of its forward, where the "
+            "weights are not gathered. Use stage 1 or 2, or FSDP2."
+        )
+    for name in ("cp_size", "sp_size"):
+        if (getattr(parallelism, name, None) or 1) > 1:
+            raise ConfigError(
+                f"parallelism_config.{name} = {getattr(parallelism, name)} is not supported: an answer's positions are "
+                "packed on one process. Leave it out; response_tokens_per_batch bounds the memory of a micro-batch."
+            )
 
 
 def keep_statistics_exact(plugin: Any) -> None:
