@@ -469,6 +469,42 @@ def test_worker_processes_change_no_batch(make_trainer):
     assert any(one["input_ids"].shape != two["input_ids"].shape for one, two in zip(first, second, strict=True))
 
 
+def test_the_dev_split_is_read_by_the_same_workers_each_time(make_trainer, tiny_stores):
+    trainer = make_trainer(
+        dev=tiny_stores["dev"],
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )
+    seen: list[set[int]] = []
+    original = trainer.callback_handler.on_evaluate
+
+    def noting(*args: Any) -> Any:
+        loader = trainer.get_eval_dataloader()
+        seen.append({worker.pid for worker in loader._iterator._workers})
+        return original(*args)
+
+    trainer.callback_handler.on_evaluate = noting
+    trainer.train()
+    assert len(seen) == 4 and all(pids == seen[0] for pids in seen)
+    assert trainer.get_eval_dataloader(tiny_stores["held_out"]) is not trainer.get_eval_dataloader()
+
+
+def test_loaders_are_made_as_the_arguments_say(make_trainer, tiny_stores):
+    given = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn", "dataloader_in_order": False}
+    trainer = make_trainer(dev=tiny_stores["dev"], **given)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.multiprocessing_context.get_start_method() == "spawn"
+        assert not loader.in_order
+
+
+def test_evaluation_without_a_store_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match=r"no store to evaluate on.*eval_dataset"):
+        make_trainer().evaluate()
+
+
 def test_every_epoch_visits_every_trajectory_once_in_another_order(make_trainer):
     seen: list[list[tuple[int, ...]]] = []
 

@@ -189,6 +189,7 @@ class TDistillTrainer(Trainer):
         # At the store's p the sets are those stored: their rounded masses would cut some of them shorter.
         p = args.p if self.objective.uses_sets and args.p != train_dataset.p_max else None
         self._eval_collator = PackedCollator(pad)
+        self._eval_loaders: dict[int, DataLoader] = {}
         budget = None
         if self.objective.uses_sets and args.p_budget_nats is not None:
             budget = (args.p_budget_nats, args.p_budget_gamma)
@@ -202,7 +203,7 @@ class TDistillTrainer(Trainer):
             data_collator=self._train_collator,
             **kwargs,
         )
-        _check_whole(self.accelerator.parallelism_config)  # which may come from the launcher
+        _check_whole(getattr(self.accelerator, "parallelism_config", None))  # which may come from the launcher
         if self.args.n_gpu > 1:
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
         if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -244,9 +245,19 @@ class TDistillTrainer(Trainer):
         return mixed, self._get_num_items_in_batch(mixed, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Every trajectory once, in order of length."""
+        """Every trajectory once, in order of length; the same loader for the same store, and so the same workers.
+
+        Raises:
+            ConfigError: there is no store to evaluate on.
+        """
         store: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(store, self._sampler(store, seed=None), self._eval_collator)
+        if store is None:
+            raise ConfigError(
+                "There is no store to evaluate on; give the trainer eval_dataset, or evaluate one: evaluate(store)."
+            )
+        if id(store) not in self._eval_loaders:  # each keeps its store, so that no other takes its id
+            self._eval_loaders[id(store)] = self._loader(store, self._sampler(store, seed=None), self._eval_collator)
+        return self._eval_loaders[id(store)]
 
     def _sampler(self, store: Store, seed: int | None) -> TokenBudgetSampler:
         total = store.response_lengths + store.prompt_lengths
@@ -269,6 +280,9 @@ class TDistillTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Of later versions of transformers than the oldest that will do.
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            in_order=getattr(self.args, "dataloader_in_order", True),
             # Its own, or each pass over a loader, evaluation included, would move the one that training draws from.
             generator=torch.Generator(),
         )
