@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdistill.errors import ConfigError, NoSpaceError, PromptTooLongError, TeacherLogitsError
 from tdistill.teachers.hf import HFTeacher
+from tdistill.training.student import add_adapter
 from tdistill.training.trainer import TDistillTrainer
 from tdistill.types import PromptTokens
 
@@ -73,10 +74,10 @@ def check_finite(teacher: HFTeacher, prompt: PromptTokens) -> None:
 
 
 def check_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an adapter does not fit the student."""
-    from peft import LoraConfig, get_peft_model
+    """Raise ConfigError if an adapter does not fit the student, UnsupportedModelError if its output layer does not."""
+    from peft import LoraConfig
 
     try:
-        get_peft_model(model, LoraConfig(**settings))
+        add_adapter(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft = {dict(settings)} does not fit the student: {error}") from error

@@ -314,6 +314,18 @@ def test_settings_of_a_model_that_transformers_refuses_are_named(project: Projec
 
 
 @pytest.mark.usefixtures("no_answer")
+@pytest.mark.parametrize(
+    "change", [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_an_adapter_on_the_output_layer_that_is_not_read_is_refused_before_the_capture(
+    project: Project, change: dict[str, Any]
+):
+    outcome = project.call(peft={"r": 4, "target_modules": ["q_proj"], **change})
+    refused(outcome, 4, "LlamaForCausalLM", "output")
+    nothing_left(project.folder)
+
+
+@pytest.mark.usefixtures("no_answer")
 def test_an_adapter_that_fits_no_module_is_refused_before_the_capture(project: Project):
     outcome = project.call(peft={"r": 4, "target_modules": ["no_proj"]})
     refused(outcome, 2, "peft", "no_proj", "does not fit the student")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tdistill.errors import UnsupportedModelError
 from tdistill.head import check_head, output_head
 from tdistill.kernels.chunked import normaliser_and_argmax, normaliser_and_pairs
 from tdistill.kernels.dense import Terms, dense_sums
@@ -50,6 +51,31 @@ def add_value_head(model: PreTrainedModel) -> None:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     model.add_module(VALUE_HEAD, head)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """Return the model in PEFT's wrapper, its value head, if it has one, trained beside the adapter.
+
+    Raises:
+        UnsupportedModelError: the adapter makes an output layer that is not read, or parts it from the input embedding.
+    """
+    from peft import get_peft_model
+
+    if hasattr(model, VALUE_HEAD):
+        extra = [*(peft_config.modules_to_save or []), VALUE_HEAD]
+        peft_config = replace(peft_config, modules_to_save=extra)
+    shared = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = get_peft_model(model, peft_config)
+    output_head(model)
+    if model.config.get_text_config().tie_word_embeddings and shared != (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+    ):
+        raise UnsupportedModelError(
+            f"The adapter changes the output matrix of {type(model).__name__}, which is its input embedding too. "
+            "Leave both out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
+        )
+    return adapted
 
 
 def attach_statistics(

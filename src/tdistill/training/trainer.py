@@ -21,8 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError, UnsupportedModelError
-from tdistill.head import check_head, output_head
+from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError
+from tdistill.head import check_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
 from tdistill.prompts import check_same_tokenizer, check_vocabulary, num_token_ids
@@ -33,7 +33,7 @@ from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
 from tdistill.training.rollouts import Rollouts, check_log_probs_sampled
 from tdistill.training.slow_copy import SlowCopy
-from tdistill.training.student import VALUE_HEAD, LiveTeacher, add_value_head, attach_statistics
+from tdistill.training.student import VALUE_HEAD, LiveTeacher, add_adapter, add_value_head, attach_statistics
 from tdistill.types import ActionStats
 
 _log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class TDistillTrainer(Trainer):
         )
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
         if peft_config is not None:
-            model = self._with_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)
         self.slow_copy = SlowCopy(model, args.slow_copy_rate) if self.objective.needs_target else None
         text = PlainText(text_dataset, args.text_sequences_per_batch) if text_dataset is not None else None
         pad = getattr(processing_class, "pad_token_id", None) or 0
@@ -489,25 +489,6 @@ class TDistillTrainer(Trainer):
         terms = self.objective.terms  # type: ignore[attr-defined]
         frozen = teacher.eval().requires_grad_(False)
         return LiveTeacher(frozen, terms, None if tokenizer is None else num_token_ids(tokenizer))
-
-    def _with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
-        from peft import get_peft_model
-
-        if hasattr(model, VALUE_HEAD):
-            extra = [*(peft_config.modules_to_save or []), VALUE_HEAD]
-            peft_config = replace(peft_config, modules_to_save=extra)
-        shared = model.get_input_embeddings(), model.get_output_embeddings()
-        adapted = get_peft_model(model, peft_config)
-        output_head(model)
-        if model.config.get_text_config().tie_word_embeddings and shared != (
-            model.get_input_embeddings(),
-            model.get_output_embeddings(),
-        ):
-            raise UnsupportedModelError(
-                f"The adapter changes the output matrix of {type(model).__name__}, which is its input embedding too. "
-                "Leave both out of target_modules and modules_to_save, or untie them (tie_word_embeddings: false)."
-            )
-        return adapted
 
 
 def _check_whole(parallelism: Any) -> None:
