@@ -8,6 +8,7 @@ import pytest
 import support
 import torch
 from training_support import losses, parameters, settings
+from transformers import AutoModelForCausalLM
 
 from tdistill.errors import ConfigError, StoreError
 from tdistill.teachers.base import SamplingSettings
@@ -70,6 +71,21 @@ def test_the_teacher_is_not_trained_and_the_student_gets_closer(train, tiny_teac
     assert trainer.evaluate()["eval_kl_set_tail"] < 0.8 * kl
     for name, weight in parameters(tiny_teacher.model).items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_a_teacher_that_is_partly_on_the_disk_stays_there(train, tiny_teacher, tiny_teacher_folder, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "cpu" if layer < 2 else "disk" for layer in range(4)}
+    teacher = AutoModelForCausalLM.from_pretrained(
+        tiny_teacher_folder, device_map=places, offload_folder=tmp_path / "weights", dtype=torch.float32
+    )
+    first = []
+    for model in (tiny_teacher.model, teacher):
+        trainer = train(teacher=model, objective=LIVE_KL, max_steps=1)
+        trainer.train()
+        first += losses(trainer)
+    assert {weight.device.type for weight in teacher.parameters()} == {"cpu", "meta"}
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
 def test_from_the_store_the_loss_is_a_lower_bound_of_that_with_the_teacher(train, tiny_teacher):

@@ -147,6 +147,13 @@ def test_layers_that_depend_on_their_place_are_refused():
         prune_layers(teacher, [1, 3])
 
 
+def test_a_quantised_model_is_refused():
+    model = tiny_llama()
+    model.hf_quantizer = object()  # which transformers leaves at a model that it has quantised
+    with pytest.raises(UnsupportedModelError, match=r"are quantised.*teacher\.model_kwargs.*student\.model"):
+        prune_layers(model, [0, 1])
+
+
 def test_a_model_without_a_list_of_layers_is_refused():
     model = tiny_llama()
     model.config.num_hidden_layers = 5

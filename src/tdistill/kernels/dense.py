@@ -52,7 +52,7 @@ def dense_sums(
 
     def chunk(hidden_CD: Tensor, teacher_hidden_CE: Tensor, from_student_C: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            log_probs_teacher = theirs.logits(teacher_hidden_CE).log_softmax(-1)
+            log_probs_teacher = theirs.logits(teacher_hidden_CE).log_softmax(-1).to(hidden_CD.device)
         logits = own.logits(hidden_CD)
         normaliser_C = logits.logsumexp(-1)
         log_probs_student = logits - normaliser_C[:, None]

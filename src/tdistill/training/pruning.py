@@ -97,8 +97,14 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     Returns:
         A new model of the same class, in float32.
     Raises:
-        UnsupportedModelError: the student does not compute the composition of the kept layers.
+        UnsupportedModelError: the model's weights are quantised, or the student does not compute the composition of the
+            kept layers.
     """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError(
+            f"The weights of this {type(model).__name__} are quantised, and a student made of its layers needs plain "
+            "ones. Load the teacher without quantisation (teacher.model_kwargs), or give a student (student.model)."
+        )
     name, _ = decoder_layers(model)
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config()

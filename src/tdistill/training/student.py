@@ -41,7 +41,7 @@ class LiveTeacher:
         hidden_BTE = self.model.base_model(
             input_ids=inputs["input_ids"][answers], attention_mask=inputs["attention_mask"][answers], use_cache=False
         ).last_hidden_state
-        return hidden_BTE.flatten(0, 1)[inputs["position_index_N"]]
+        return hidden_BTE.to(inputs["input_ids"].device).flatten(0, 1)[inputs["position_index_N"]]
 
 
 def add_value_head(model: PreTrainedModel) -> None:

@@ -211,7 +211,11 @@ class TDistillTrainer(Trainer):
         if self.is_fsdp_enabled:
             keep_statistics_exact(self.accelerator.state.fsdp_plugin)
         if self.teacher is not None:
-            self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
+            live: Any = self.teacher.model
+            # What a device map has spread, perhaps over the disk too, stays where it is.
+            places = set((getattr(live, "hf_device_map", None) or {}).values())
+            if len(places) <= 1 and live.device != self.args.device:
+                live.to(self.args.device)
         if self.slow_copy is not None:
             self.slow_copy.model.to(self.args.device)
             self.add_callback(self.slow_copy)
