@@ -75,6 +75,26 @@ def test_arguments_are_read_from_a_command_line(tmp_path):
     assert config.build_objective().name == "sft"
 
 
+def test_mappings_on_a_command_line_are_json_or_a_file_of_it(tmp_path):
+    parser = transformers.HfArgumentParser(TDistillConfig)
+    (tmp_path / "accelerator.json").write_text('{"non_blocking": true}')
+
+    def parse(*words: str) -> TDistillConfig:
+        return parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *words])[0]
+
+    for given in ('{"non_blocking": true}', str(tmp_path / "accelerator.json")):
+        config = parse("--accelerator_config", given).accelerator_config
+        assert (config.non_blocking, config.even_batches) == (True, False)
+    config = parse("--use_liger_kernel", "true", "--liger_kernel_config", '{"rope": false}')
+    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    for given, reason in (("none.json", "neither JSON nor the path"), ("{rope: no}", "neither JSON nor the path")):
+        with pytest.raises(ConfigError, match=f"accelerator_config = '{given}' is {reason}"):
+            parse("--accelerator_config", given)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"list\.json' holds no mapping"):
+        parse("--accelerator_config", str(tmp_path / "list.json"))
+
+
 def test_without_a_gpu_bf16_is_off(tmp_path):
     assert settings(tmp_path).bf16 is False
 

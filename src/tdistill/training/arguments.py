@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -97,6 +99,7 @@ class TDistillConfig(TrainingArguments):
     bf16: bool | None = field(default=None)  # type: ignore[assignment]
     save_steps: float | None = field(default=None)  # type: ignore[assignment]
     save_total_limit: int | None = field(default=2)
+    liger_kernel_config: dict[str, Any] | str | None = field(default=None)  # type: ignore[assignment]
     # A non-finite loss raises here; transformers would replace it by an average in the log.
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
@@ -135,7 +138,7 @@ class TDistillConfig(TrainingArguments):
         if self.kernel not in get_args(KernelName):
             raise ConfigError(f"kernel = '{self.kernel}' is unknown.{did_you_mean(self.kernel, get_args(KernelName))}")
         # Even batches would repeat some trajectories on some processes; the sampler already deals out full rounds.
-        self.accelerator_config = {"even_batches": False, **(_as_dict(self.accelerator_config))}
+        self.accelerator_config = {"even_batches": False, **_as_dict("accelerator_config", self.accelerator_config)}
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available()
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -145,7 +148,7 @@ class TDistillConfig(TrainingArguments):
             self.save_steps = (self.eval_steps or self.logging_steps) if best_by_steps else _SHARE_BETWEEN_CHECKPOINTS
         if self.use_liger_kernel:
             # Their fused loss would take the place of the forward that returns statistics; the body's kernels stay.
-            given = dict(self.liger_kernel_config or {})
+            given = _as_dict("liger_kernel_config", self.liger_kernel_config)
             if given.get("fused_linear_cross_entropy"):
                 raise ConfigError(
                     "liger_kernel_config.fused_linear_cross_entropy = true takes the place of the objective. Leave it "
@@ -212,7 +215,16 @@ def _validated(cls: type, values: dict[str, Any], who: str) -> Any:
         raise ConfigError(f"{who}: {name} = {first['input']!r} is not valid. {first['msg']}.") from error
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or what stands for one on a command line: JSON, or the path of a file of it."""
     if value is None:
         return {}
-    return dict(value) if isinstance(value, dict) else value.to_dict()
+    if not isinstance(value, str):
+        return dict(value) if isinstance(value, dict) else value.to_dict()
+    try:
+        found = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} = '{value}' is neither JSON nor the path of a JSON file: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name} = '{value}' holds no mapping; write {{\"key\": value}}.")
+    return found
