@@ -101,6 +101,27 @@ def test_a_round_holds_answers_of_the_student_scored_by_the_teacher(train, rollo
             assert trajectory.sets.log_probs[place] == pytest.approx(float(wanted[first + step, token]), abs=1e-3)
 
 
+def test_rollouts_may_be_used_for_another_training(train, rollouts):
+    made, answers = rollouts(), []
+    for noise in (0.0, 0.3):
+        trainer = train(rollouts=made, objective=MIXTURE, max_steps=1)
+        with torch.no_grad():
+            trainer.model.model.norm.weight += noise * torch.randn(64)
+        trainer.train()
+        store = Store.open(Path(trainer.args.output_dir) / "rollouts" / "round-00000" / "rank-0")
+        answers.append([tuple(row.response_ids) for row in support.rows_of(store)])
+        drawn = [tuple(made._rounds[0].answer(row).response_ids) for row in range(8)]
+        assert drawn == answers[-1]
+        shutil.rmtree(trainer.args.output_dir)
+    assert answers[0] != answers[1]
+
+
+def test_rollouts_without_a_tokenizer_are_refused(rollouts, load_start, tiny_stores, tmp_path):
+    args = settings(tmp_path, objective=MIXTURE)
+    with pytest.raises(ConfigError, match="give the trainer processing_class"):
+        TDistillTrainer(load_start(), args, tiny_stores["train"], rollouts=rollouts())
+
+
 def test_the_student_is_the_one_of_the_step(train, rollouts):
     """With a large step length the answers of a later round differ for most prompts that both rounds have."""
     trainer = train(rollouts=rollouts(prompts_per_round=60), objective=MIXTURE, max_steps=3, learning_rate=5e-2)

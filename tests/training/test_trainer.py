@@ -39,6 +39,7 @@ from tdistill.errors import (
     ConfigError,
     DomainError,
     ProbabilityRangeError,
+    RunFolderError,
     TDistillError,
     TokenizerMismatchError,
     UnsupportedModelError,
@@ -298,6 +299,37 @@ def test_speed_after_a_resume_counts_only_tokens_seen_since(make_trainer, tmp_pa
     tokens = [0, *(entry["response_tokens"] for entry in resumed.state.log_history if "loss" in entry)]
     speeds = [entry["tokens_per_second"] for entry in resumed.state.log_history if "loss" in entry]
     assert speeds[4:] == np.diff(tokens)[4:].tolist(), "one tick of the clock per logged step"
+
+
+def test_speed_is_that_of_training_without_evaluation(make_trainer, tiny_stores, monkeypatch):
+    now = [0.0]
+
+    class OneSecondPerStep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now[0] += 1
+
+    trainer = make_trainer(
+        dev=tiny_stores["dev"], callbacks=[OneSecondPerStep()], eval_strategy="steps", eval_steps=1, max_steps=4
+    )
+    loader = trainer.get_eval_dataloader()
+
+    def slow(dataset: Any = None) -> Any:
+        now[0] += 100
+        return loader
+
+    monkeypatch.setattr("tdistill.training.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer, "get_eval_dataloader", slow)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = np.diff([0, *(entry["response_tokens"] for entry in steps)])
+    assert [entry["tokens_per_second"] for entry in steps] == tokens.tolist()
+    assert [e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e] == [100.0] * 4
+
+
+@pytest.mark.parametrize("objective", ["sft", {"name": "sqil", "target": "slow", "student_weight": 0.0}])
+def test_going_on_from_a_checkpoint_that_is_not_there_is_refused(make_trainer, tmp_path, objective):
+    with pytest.raises(RunFolderError, match=f"{tmp_path}/out has no complete checkpoint"):
+        make_trainer(objective=objective).train(resume_from_checkpoint=True)
 
 
 class _Kill(TrainerCallback):
@@ -751,6 +783,19 @@ def test_at_the_stores_p_the_sets_are_those_stored(make_trainer, tiny_teacher, t
     for p in (0.95, None):
         batch = make_trainer(store=store, p=p)._train_collator([row])
         assert batch["offsets"].diff().tolist() == np.diff(row.sets.offsets).tolist() and not batch["dropped_N"].any()
+
+
+def test_the_dev_split_may_be_rounded_where_training_must_not_be(
+    make_trainer, tiny_teacher, tiny_prompt_files, tiny_stores, tmp_path
+):
+    rounded = support.capture_tiny(
+        tiny_teacher, tiny_prompt_files["dev"], tmp_path / "dev", support.TINY_SAMPLING, log_prob_bits=8
+    )
+    objective = {"name": "reverse_kl", "source": "store"}
+    trainer = make_trainer(dev=rounded, objective=objective)
+    assert trainer.evaluate()["eval_kl_set_tail"] > 0
+    with pytest.raises(ConfigError, match=r"needs log-probabilities of 16 bits, and the store .* has 8"):
+        make_trainer(store=rounded, objective=objective)
 
 
 def test_a_normaliser_that_the_off_support_term_does_not_have_is_refused(make_trainer, monkeypatch):

@@ -167,6 +167,7 @@ class Rollouts:
         path = self._path(folder, number, rank)
         if since == 0:
             shutil.rmtree(path, ignore_errors=True)
+            self._stores.pop(path, None)  # of an earlier training with the same rollouts
             # Loading a model and sampling must not move the generator that training draws from.
             with torch.random.fork_rng():
                 self._capture(number, path, model, tokenizer, rank, num_ranks)

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tdistill.errors import ConfigError, ProbabilityRangeError, TDistillError
+from tdistill.errors import ConfigError, ProbabilityRangeError, RunFolderError, TDistillError
 from tdistill.head import check_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
@@ -76,7 +76,7 @@ class TDistillTrainer(Trainer):
         args: see :class:`TDistillConfig`.
         train_dataset: store to train on.
         eval_dataset: store of the dev split, or None.
-        processing_class: the tokenizer; must be the store's.
+        processing_class: the tokenizer; must be the store's. None leaves that unchecked; rollouts need it.
         peft_config: adapter to train instead of all weights, or None.
         text_dataset: token sequences of plain text for the language-modelling term, or None.
         rollouts: the student's own answers to mix in, or None.
@@ -130,6 +130,8 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' would imitate the student's own answers; leave rollouts out, "
                 "or take an objective that compares the student with the teacher there, such as gkd."
             )
+        if rollouts is not None and processing_class is None:
+            raise ConfigError("Rollouts are written with the tokenizer; give the trainer processing_class.")
         if rollouts is not None and rollouts.settings.seed is None:
             rollouts.seed = args.seed
         if self.objective.needs_log_probs_sampled:
@@ -402,8 +404,8 @@ class TDistillTrainer(Trainer):
         ``kl_set_tail`` takes all tokens outside the set as one: a lower bound on KL(teacher‖student), from the store
         alone. Store with p_max = 1: ``nll`` only.
         """
-        loader = self.get_eval_dataloader(eval_dataset)
         meter, started = MeanMeter(), time.perf_counter()
+        loader = self.get_eval_dataloader(eval_dataset)
         self._place_for_evaluation()
         model: Any = self.model
         model.eval()
@@ -414,7 +416,8 @@ class TDistillTrainer(Trainer):
             meter.add(_evaluation_sums(stats, outputs["top_N"], inputs["action_ids_M"]))
         model.train()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.pop(self.accelerator).items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        metrics[f"{metric_key_prefix}_runtime"] = seconds = time.perf_counter() - started
+        self._logged_at += seconds  # the speed is that of training
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -441,9 +444,18 @@ class TDistillTrainer(Trainer):
     # ---- saving and resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder."""
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint of the output folder.
+
+        Raises:
+            RunFolderError: there is none.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".") or True
+            folder = self.args.output_dir or "."
+            resume_from_checkpoint = last_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise RunFolderError(
+                    f"{folder} has no complete checkpoint to go on from. Leave resume_from_checkpoint out to begin."
+                )
         if self.slow_copy is not None and resume_from_checkpoint:
             self.slow_copy.load(Path(str(resume_from_checkpoint)))
         self._logged_at, self._tokens_since = time.perf_counter(), 0
@@ -471,7 +483,7 @@ class TDistillTrainer(Trainer):
                 "at p_max = 1. Capture with p_max below 1, or drop the budget."
             )
         bits, least = store.identity["log_prob_bits"], self.objective.least_log_prob_bits
-        if bits < least:
+        if store is self.store and bits < least:  # a dev split is measured alike whatever the objective
             raise ConfigError(
                 f"The objective '{self.objective.name}' needs log-probabilities of {least} bits, and the store "
                 f"{store.path} has {bits}. Capture again with log_prob_bits = {least}, or set source to teacher or set."
