@@ -153,6 +153,33 @@ def test_limits_are_approached(limit, near, scale):
     assert float(near(stats).loss) / scale == pytest.approx(float(limit(stats).loss), rel=1e-3)
 
 
+EVENTS = {
+    "store": printed.set_and_tail,
+    "set": lambda state: (projected(state.teacher_log_probs), projected(state.logits)),
+}
+
+
+@pytest.mark.parametrize("source", EVENTS)
+@pytest.mark.parametrize(("skew", "weight"), [(0.1, 1.0), (0.3, 0.6), (0.0, 2.0)])
+def test_distillm2_is_the_printed_pair(source, skew, weight):
+    episodes = random_episodes(29, with_student=True)
+    wanted = printed.distillm2(episodes, skew, weight, EVENTS[source])
+    loss = DistiLLM2(source=source, skew=skew, student_weight=weight)
+    assert float(loss(pack(episodes)).loss) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_sampled_kl_is_the_mean_over_its_draws():
+    torch.manual_seed(9)
+    log_p, log_q = torch.randn(2, 6, 7, dtype=torch.float64).log_softmax(-1)
+    torch.manual_seed(10)
+    found = SampledKL(num_samples=20).terms(log_p, log_q, torch.zeros(6, 1, dtype=torch.bool)).sum(-1)
+    torch.manual_seed(10)
+    drawn = torch.multinomial(log_p.exp(), 20, replacement=True).numpy()
+    for row in range(6):
+        wanted = printed.sampled_kl(log_p[row].exp().numpy(), log_q[row].exp().numpy(), drawn[row])
+        assert float(found[row]) == pytest.approx(wanted, rel=1e-12)
+
+
 def test_distillm2_is_the_skewed_pair():
     stats = pack(random_episodes(24, with_student=True))
     own = stats.from_student_N

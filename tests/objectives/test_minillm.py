@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -76,6 +77,20 @@ def test_nothing_leaks_from_one_answer_into_another():
     loss = MiniLLM(whiten=False)
     apart = math.fsum(float(loss(pack([episode])).loss) for episode in episodes)
     assert float(loss(pack(episodes)).loss) == pytest.approx(apart, rel=1e-12)
+
+
+def test_whitened_the_loss_of_a_step_depends_on_how_it_is_cut_into_micro_batches():
+    """Each of them is whitened by its own mean and deviation, as printed; not whitened, the cut makes no difference."""
+    episodes = random_episodes(35, copies=2, with_student=True)
+    cuts = [[episodes], [episodes[:9], episodes[9:]], [episodes[:7], episodes[7:]]]
+    fields = {"gamma": 0.95, "length_normalised": True, "single_step": True, "clip": 0.2}
+    totals = {}
+    for whiten in (True, False):
+        totals[whiten] = [math.fsum(float(MiniLLM(whiten=whiten)(pack(part)).loss) for part in cut) for cut in cuts]
+        wanted = [math.fsum(printed.minillm(part, **fields, whiten=whiten) for part in cut) for cut in cuts]
+        assert totals[whiten] == pytest.approx(wanted, rel=1e-9)
+    assert totals[False] == pytest.approx([totals[False][0]] * 3, rel=1e-12)
+    assert min(abs(a - b) for a, b in itertools.combinations(totals[True], 2)) > 1e-2 * abs(totals[True][0])
 
 
 def test_whitening_is_over_the_students_transitions_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,6 +37,25 @@ def set_and_tail(state: State) -> tuple[np.ndarray, np.ndarray]:
     teacher = np.exp(state.teacher_log_probs)
     student = np.exp(state.logits - state.normaliser)
     return np.append(teacher, 1 - teacher.sum()), np.append(student, 1 - student.sum())
+
+
+def distillm2(
+    episodes: list[Episode],
+    skew: float,
+    student_weight: float,
+    events: Callable[[State], tuple[np.ndarray, np.ndarray]],
+) -> float:
+    """Forward skewed KL of the teacher's states and w times the reverse of the student's, over given events."""
+    total = 0.0
+    for episode in episodes:
+        for p, q in (events(state) for state in episode.states if state.taken is not None):
+            total += student_weight * skewed(q, p, skew) if episode.from_student else skewed(p, q, skew)
+    return total
+
+
+def sampled_kl(p: np.ndarray, q: np.ndarray, drawn: np.ndarray) -> float:
+    """Mean of log p/q over tokens that were drawn from p."""
+    return math.fsum(math.log(p[token] / q[token]) for token in drawn) / len(drawn)
 
 
 def minillm(

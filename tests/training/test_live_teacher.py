@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import support
 import torch
-from training_support import losses, parameters, settings
+from training_support import ONE_SGD_STEP, losses, parameters, settings, update
 from transformers import AutoModelForCausalLM
 
 from tdistill.errors import ConfigError, StoreError
@@ -61,6 +61,29 @@ def test_the_loss_is_the_divergence_of_the_models_own_logits(train, tiny_teacher
         count += len(places)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_many_draws_from_the_teacher_make_the_step_of_the_dense_divergence(
+    train, tiny_teacher, load_start, tiny_stores
+):
+    """The loss within four standard errors of the draws, which plain forward passes give, and the update near it."""
+    num_samples, updates, found = 10_000, [], []
+    for objective in (LIVE_KL, {"name": "sampled_kl", "num_samples": num_samples}):
+        trainer = train(teacher=tiny_teacher.model, objective=objective, **ONE_SGD_STEP)
+        batch = next(iter(trainer.get_train_dataloader()))
+        updates.append(torch.cat([change.flatten() for change in update(trainer).values()]))
+        found += losses(trainer)
+    models, variance, count = (tiny_teacher.model, load_start()), 0.0, int(batch["has_action_N"].sum())
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        places = batch["position_index_N"][batch["has_action_N"]]
+        log_p, log_q = (m(**inputs).logits.flatten(0, 1)[places].double().log_softmax(-1) for m in models)
+    for row, other in zip(log_p, log_q, strict=True):
+        kl = float((row.exp() * (row - other)).sum())
+        variance += float((row.exp() * (row - other - kl).square()).sum()) / num_samples
+    error = variance**0.5 / count
+    assert 0 < abs(found[1] - found[0]) < 4 * error < 0.02 * found[0]
+    assert float((updates[1] - updates[0]).norm()) < 0.05 * float(updates[0].norm())
 
 
 def test_the_teacher_is_not_trained_and_the_student_gets_closer(train, tiny_teacher):

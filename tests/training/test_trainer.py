@@ -47,6 +47,7 @@ from tdistill.errors import (
 from tdistill.objectives import IQLearn
 from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
+from tdistill.training import Rollouts, RolloutSettings
 from tdistill.training.arguments import DEV_METRICS, TDistillConfig
 from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, last_checkpoint
 from tdistill.types import Trajectory
@@ -91,7 +92,8 @@ def make_trainer(load_start, tiny_stores, tiny_tokenizer, tmp_path) -> Callable[
         output: str = "out",
         **changes: Any,
     ) -> Any:
-        own = {name: changes.pop(name) for name in ("peft_config", "text_dataset", "callbacks") if name in changes}
+        names = ("peft_config", "text_dataset", "callbacks", "teacher", "rollouts")
+        own = {name: changes.pop(name) for name in names if name in changes}
         if batches is not None:
             cls = type("Trainer", (FixedBatchTrainer,), {"batches": batches})
         return cls(
@@ -131,6 +133,51 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(
     assert max(sizes) > 3 * min(sizes), "a mean of means would show"
     assert_same(update(parts), update(whole), atol=1e-6)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+
+
+class MixedByPrompt(Rollouts):
+    """The student's answer to every prompt of the newest round, in whichever micro-batch the teacher's would be."""
+
+    def mix(self, trajectories: Any, step: int, micro_batch: int, rank: int = 0) -> list[Trajectory]:
+        drawn = self._rounds[-1]
+        answers = {answer.prompt_id: answer for answer in map(drawn.answer, range(len(drawn.store)))}
+        return [answers.get(trajectory.prompt_id, trajectory) for trajectory in trajectories]
+
+
+LIVE_GKD = {"name": "gkd", "source": "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "mixed"),
+    [
+        (LIVE_GKD, False),
+        (LIVE_GKD, True),
+        ({"name": "distillm2"}, True),
+        ({"name": "iq_learn", "alpha": 1.0, "student_value_weight": 0.5}, True),
+    ],
+    ids=["teacher in memory", "teacher in memory, student's answers", "student's answers", "both in one value term"],
+)
+def test_accumulated_micro_batches_with_a_teacher_or_the_students_answers(
+    make_trainer, tiny_teacher, tiny_stores, tiny_prompt_files, objective, mixed
+):
+    prompts = support.tiny_prompts(tiny_teacher, tiny_prompt_files["train"], support.TINY_SAMPLING)
+
+    def make(batches: Any, **more: Any) -> Any:
+        chosen = RolloutSettings(prompts_per_round=30)
+        rounds = MixedByPrompt(chosen, prompts, lambda: tiny_teacher, support.TINY_SAMPLING) if mixed else None
+        common = {**ONE_SGD_STEP, "objective": objective, "off_support": "tail", "teacher": tiny_teacher.model}
+        trainer = make_trainer(batches=batches, rollouts=rounds, **common, **more)
+        if trainer.objective.needs_value_head:
+            disturb_value_head(trainer.model)
+        return trainer
+
+    parts, whole = make(PARTS, gradient_accumulation_steps=4), make([ALL_PARTS])
+    assert_same(update(parts), update(whole), atol=2e-6)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+    logged = [trainer.state.log_history[0] for trainer in (parts, whole)]
+    assert logged[0]["response_tokens"] == logged[1]["response_tokens"]
+    if mixed and "student_share" in logged[0]:
+        assert 0.2 < logged[0]["student_share"] < 0.8
 
 
 def test_the_last_incomplete_accumulation_of_an_epoch_is_divided_by_its_own_tokens(make_trainer, ragged_store):
