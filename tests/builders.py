@@ -101,7 +101,6 @@ def pack(episodes: list[Episode], dtype: torch.dtype = torch.float64) -> ActionS
         has_action_N=torch.tensor([s.taken is not None for s in states]),
         ends_N=torch.tensor([int(e) for e in ends]),
         log_normaliser_N=floats(s.normaliser for s in states),
-        normaliser_support="vocabulary",
         value_N=floats(s.value_head for s in states),
         q_max_N=floats(s.q_max for s in states),
         divergence_N=floats(s.divergence for s in states),
@@ -117,7 +116,6 @@ def pack(episodes: list[Episode], dtype: torch.dtype = torch.float64) -> ActionS
         value_N=floats(s.slow_value_head for s in states),
         # A slow copy is asked for values only.
         log_normaliser_N=None,
-        normaliser_support=None,
         q_max_N=None,
         divergence_N=None,
     )
@@ -203,9 +201,7 @@ def random_trajectory(
     )
 
 
-def statistics(
-    model: PreTrainedModel, batch: dict[str, Tensor], support: str | None, full_support: bool = False
-) -> ActionStats:
+def statistics(model: PreTrainedModel, batch: dict[str, Tensor], full_support: bool = False) -> ActionStats:
     """Run a model prepared with ``attach_statistics`` on a collated batch."""
     outputs = model(**batch)
     stats = ActionStats(
@@ -213,7 +209,6 @@ def statistics(
         q_M=outputs["q_M"],
         q_taken_N=outputs["q_taken_N"],
         log_normaliser_N=outputs.get("log_normaliser_N"),
-        normaliser_support=support,  # type: ignore[arg-type]
         value_N=outputs.get("value_N"),
         q_max_N=outputs.get("q_max_N"),
         divergence_N=outputs.get("divergence_N"),

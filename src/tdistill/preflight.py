@@ -25,7 +25,8 @@ def check_room(folder: Path, trainer: TDistillTrainer, num_checkpoints: int) -> 
 
     Checkpoints of the phase that are there already are replaced, so that their room counts as free.
     """
-    needed = _bytes(trainer.model.parameters()) + num_checkpoints * checkpoint_bytes(trainer)
+    model: Any = trainer.model
+    needed = _bytes(model.parameters()) + num_checkpoints * checkpoint_bytes(trainer)
     there = Path(str(trainer.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*/**/*")
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in there)
     if free < needed:
@@ -37,9 +38,10 @@ def check_room(folder: Path, trainer: TDistillTrainer, num_checkpoints: int) -> 
 
 def checkpoint_bytes(trainer: TDistillTrainer) -> int:
     """Bytes of one checkpoint: weights (of an adapter alone), two moments of each trained one, and a slow copy."""
-    parameters = list(trainer.model.parameters())
+    model: Any = trainer.model
+    parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    kept = trained if hasattr(trainer.model, "merge_and_unload") else parameters
+    kept = trained if hasattr(model, "merge_and_unload") else parameters
     moments = 0 if trainer.args.save_only_model else 2 * _bytes(trained)
     return _bytes(kept) + moments + (_bytes(trainer.slow_copy.model.parameters()) if trainer.slow_copy else 0)
 

@@ -115,9 +115,9 @@ class ActionStats:
         has_action_N: bool; false for a bootstrap row and for a transition dropped at p < p_max. Such a row still
             serves as the next state of the row before it.
         ends_N: int64, values of :class:`Ends`.
-        log_normaliser_N: log-sum-exp of the student's logits over ``normaliser_support``, or None.
-        normaliser_support: ``vocabulary``, ``union`` (all sets of the micro-batch), ``negatives`` (those and weighted
-            draws), or None.
+        log_normaliser_N: log-sum-exp of the student's logits over the support that the objective or the off-support
+            term asks for: the vocabulary, all sets of the micro-batch (``union``), or those and weighted draws
+            (``negatives``); or None.
         value_N: output of the scalar value head, or None.
         q_max_N: largest logit over the vocabulary, or None.
         vocab_size: tokens of the vocabulary, or None.
@@ -142,7 +142,6 @@ class ActionStats:
     has_action_N: Tensor
     ends_N: Tensor
     log_normaliser_N: Tensor | None = None
-    normaliser_support: Literal["vocabulary", "union", "negatives"] | None = None
     value_N: Tensor | None = None
     q_max_N: Tensor | None = None
     vocab_size: int | None = None

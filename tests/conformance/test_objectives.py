@@ -271,7 +271,7 @@ def through_model(
         inputs = collator(batch)
         if model.live_teacher is not None:
             inputs["teacher_hidden_NE"] = model.live_teacher.hidden(inputs)
-        result = loss(statistics(model, inputs, getattr(loss, "support", None))).loss
+        result = loss(statistics(model, inputs)).loss
         result.backward()
         total += result.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -91,7 +91,7 @@ def test_without_epsilon_the_value_is_the_soft_value_on_the_set():
 
 def test_no_normaliser_over_the_vocabulary_is_read():
     stats = pack(random_episodes(2))
-    without = replace(stats, log_normaliser_N=None, normaliser_support=None)
+    without = replace(stats, log_normaliser_N=None)
     assert float(BellmanDistillAuthors()(without).loss) == float(BellmanDistillAuthors()(stats).loss)
 
 

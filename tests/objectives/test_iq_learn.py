@@ -237,7 +237,6 @@ def dense_problem(full_support: bool) -> tuple[ActionStats, np.ndarray, np.ndarr
         sequence_N=torch.tensor([0, 0, 0, 1, 1, 1, 1]),
         has_action_N=torch.tensor([True] * 6 + [False]),
         ends_N=torch.tensor([Ends.NEXT, Ends.NEXT, Ends.TERMINAL, Ends.NEXT, Ends.NEXT, Ends.NEXT, Ends.TRUNCATED]),
-        normaliser_support="vocabulary",
         value_N=torch.linspace(-1, 1, num, dtype=torch.float64),
         full_support=full_support,
         **fields,

@@ -42,7 +42,7 @@ def prepared(support: str | None, kernel: str = "candidates", **settings: Any) -
 def test_logits_are_those_that_the_model_predicts_each_token_with():
     """Row by row from the model's own logits of each trajectory alone, one place before the token."""
     model, plain = prepared("vocabulary"), tiny_llama(VOCAB)
-    stats = statistics(model, PackedCollator(0)(rows()), "vocabulary")
+    stats = statistics(model, PackedCollator(0)(rows()))
     q_taken, q_sets, normalisers = [], [], []
     for row in rows():
         tokens = np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64)
@@ -67,7 +67,7 @@ def test_sft_is_the_loss_of_transformers_on_response_tokens():
     for b, row in enumerate(rows()):
         start = len(row.prompt_ids)
         labels[b, start : start + len(row.response_ids)] = torch.from_numpy(row.response_ids.astype(np.int64))
-    SFT()(statistics(model, batch, "vocabulary")).loss.backward()
+    SFT()(statistics(model, batch)).loss.backward()
     (plain(batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss * 15).backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
@@ -217,7 +217,7 @@ def largest_tensor(kernel: str, support: str | None, loss: Callable, tied: bool 
     batch = PackedCollator(0)([random_trajectory(seed, LARGE_VOCAB, 5, 40, largest_set=20) for seed in range(5)])
     assert len(batch["taken_N"]) == POSITIONS
     with _Largest() as largest:
-        loss(statistics(model, batch, support)).backward()
+        loss(statistics(model, batch)).backward()
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
     return largest.elements
 

@@ -103,7 +103,6 @@ def check_full_support(objective: Objective) -> None:
         has_action_N=torch.ones(1, dtype=torch.bool),
         ends_N=first_N + Ends.TERMINAL,
         log_normaliser_N=one_N,
-        normaliser_support="vocabulary",
         value_N=one_N,
         full_support=True,
     )

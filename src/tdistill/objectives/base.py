@@ -187,12 +187,6 @@ def teacher_log_prob_taken(stats: ActionStats) -> Tensor:
     return stats.log_prob_taken_teacher_N - torch.log(torch.where(mass_N > 0, mass_N, torch.ones_like(mass_N)))
 
 
-def check_gamma(who: str, gamma: float) -> None:
-    """Raise DomainError unless 0 ≤ gamma ≤ 1."""
-    if not 0 <= gamma <= 1:
-        raise DomainError(f"{who}: gamma = {gamma} is outside [0, 1]. The paper uses 0.99.")
-
-
 def refuse_full_support(stats: ActionStats, who: str, remedy: str) -> None:
     """Raise DomainError at p = 1, where a store lists no sets."""
     if stats.full_support:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
-from tdistill.objectives.base import Objective, check_gamma, masked_sum, refuse_full_support, teacher_rows
+from tdistill.objectives.base import Objective, masked_sum, refuse_full_support, teacher_rows
 from tdistill.regularisers import Regulariser
 from tdistill.types import ActionStats, Ends, LossOutput
 
@@ -53,7 +54,7 @@ class BellmanDistillAuthors(Objective):
     mask_end: bool = True
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         Regulariser("chi2", self.alpha)
         if not 0 < self.epsilon < math.inf:
             raise DomainError(

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
 from tdistill.objectives.base import (
     Coordinates,
     Objective,
-    check_gamma,
     expected_log_prob,
     masked_sum,
     refuse_full_support,
@@ -76,7 +76,7 @@ class IQLearn(Objective):
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise DomainError(f"iq_learn: alpha = {self.alpha} must be positive; use .inf to remove the temporal term.")
-        check_gamma("iq_learn", self.gamma)
+        check_discount(self.gamma, "iq_learn: gamma")
         if self.steps < 1:
             raise DomainError(f"iq_learn: steps = {self.steps} must be at least 1.")
         if not 0 <= self.student_value_weight <= 1:

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 import torch
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
-from tdistill.objectives.base import Coordinates, TwoSidedSquares, check_gamma, student_rows, teacher_rows
+from tdistill.objectives.base import Coordinates, TwoSidedSquares, student_rows, teacher_rows
 from tdistill.types import ActionStats, Ends, LossOutput
 
 
@@ -61,7 +62,7 @@ class LSIQ(TwoSidedSquares):
     target: Literal["residual", "slow"] = "residual"
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         if self.gamma == 1:
             raise DomainError(f"ls_iq: gamma = {self.gamma} makes the bound r_max/(1 − gamma) infinite. Lower gamma.")
         if not 0 < self.r_max < math.inf:

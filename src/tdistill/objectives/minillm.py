@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
-from tdistill.objectives.base import check_gamma, masked_sum, student_rows
+from tdistill.objectives.base import masked_sum, student_rows
 from tdistill.objectives.divergence import Divergence, kl_terms
 from tdistill.types import ActionStats, Ends, LossOutput
 
@@ -54,7 +55,7 @@ class MiniLLM(Divergence):
     whiten: bool = True
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         if not self.clip > 0:
             raise DomainError(f"minillm: clip = {self.clip} must be positive; the released code has 0.2.")
 
@@ -128,9 +129,9 @@ def _whitened(values_N: Tensor, mask_N: Tensor) -> Tensor:
     """(x − mean) / standard deviation over the masked rows; fewer than two rows are left at 0."""
     count = mask_N.sum().clamp(min=1)
     centred_N = values_N - masked_sum(values_N, mask_N) / count
-    deviation = (masked_sum(centred_N.square(), mask_N) / count).sqrt()
+    variance = masked_sum(centred_N.square(), mask_N) / count
     # The same floor as in the released code.
-    return centred_N * torch.rsqrt(deviation.square() + _SMALLEST_VARIANCE)
+    return centred_N * torch.rsqrt(variance + _SMALLEST_VARIANCE)
 
 
 _SMALLEST_VARIANCE = 1e-8

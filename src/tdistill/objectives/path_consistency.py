@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
 from tdistill.objectives.base import (
     Objective,
-    check_gamma,
     expected_log_prob,
     masked_sum,
     refuse_full_support,
@@ -62,7 +62,7 @@ class PathConsistency(Objective):
     student_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         for name in ("weight", "student_weight"):
             if getattr(self, name) < 0:
                 raise DomainError(f"path_consistency: {name} = {getattr(self, name)} must not be negative.")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
-from tdistill.objectives.base import Coordinates, TwoSidedSquares, check_gamma, student_rows, teacher_rows
+from tdistill.objectives.base import Coordinates, TwoSidedSquares, student_rows, teacher_rows
 from tdistill.types import ActionStats, LossOutput
 
 
@@ -47,7 +48,7 @@ class SQIL(TwoSidedSquares):
     target: Literal["residual", "slow"] = "residual"
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         if not math.isfinite(self.reward):
             raise DomainError(f"sqil: reward = {self.reward} must be finite. The paper uses 1.")
         self.check_student_weight()

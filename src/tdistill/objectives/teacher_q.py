@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tdistill import returns
+from tdistill.actions import check_discount
 from tdistill.errors import DomainError
 from tdistill.objectives.base import (
     BellmanObjective,
     Coordinates,
-    check_gamma,
     masked_sum,
     refuse_full_support,
     teacher_log_prob_taken,
@@ -68,7 +68,7 @@ class TeacherQ(BellmanObjective):
     target: Literal["residual", "slow"] = "slow"
 
     def __post_init__(self) -> None:
-        check_gamma(self.name, self.gamma)
+        check_discount(self.gamma, f"{self.name}: gamma")
         if self.steps < 1:
             raise DomainError(f"teacher_q: steps = {self.steps} must be at least 1.")
         if self.lam is not None and not 0 <= self.lam <= 1:

@@ -354,7 +354,6 @@ class TDistillTrainer(Trainer):
             q_M=outputs["q_M"],
             q_taken_N=outputs["q_taken_N"],
             log_normaliser_N=outputs.get("log_normaliser_N"),
-            normaliser_support=self.support if model.training else "vocabulary",
             value_N=outputs.get("value_N"),
             q_max_N=outputs.get("q_max_N"),
             divergence_N=outputs.get("divergence_N"),
@@ -424,12 +423,13 @@ class TDistillTrainer(Trainer):
 
     def _place_for_evaluation(self) -> None:
         """Shard a model that no training has sharded, or move it: with a plain one transformers has done so."""
+        model: Any = self.model
         if self.accelerator._models:
             return
         if self.is_fsdp_enabled:
-            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+            self.model = self.model_wrapped = self.accelerator.prepare(model)
         elif self.is_deepspeed_enabled:
-            self.model.to(self.args.device)
+            model.to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's terms, tokens seen and tokens per second to training logs."""
