@@ -30,8 +30,14 @@ def draw_negatives(union_U: Tensor, vocab_size: int, num_negatives: int = _NUM_N
     """
     drawn = torch.randint(vocab_size, (num_negatives,), device=union_U.device)
     log_weight = torch.full((num_negatives,), math.log(vocab_size / num_negatives), device=union_U.device)
-    log_weight[torch.isin(drawn, union_U)] = -torch.inf
-    return drawn, log_weight
+    return drawn, log_weight.masked_fill(_members(union_U, vocab_size)[drawn], -torch.inf)
+
+
+def _members(ids_U: Tensor, vocab_size: int) -> Tensor:
+    """Whether each token of the vocabulary is one of some, bool [V]."""
+    members_V = torch.zeros(vocab_size, dtype=torch.bool, device=ids_U.device)
+    members_V[ids_U] = True
+    return members_V
 
 
 def student_statistics(
@@ -88,8 +94,8 @@ def student_statistics(
         else:
             ids_U, columns = torch.unique(listed, return_inverse=True)
             # A token that was taken but is in no set has a column that the normaliser does not see.
-            log_weight_U = torch.zeros(len(ids_U), device=ids_U.device)
-            log_weight_U[~torch.isin(ids_U, union_U)] = -torch.inf
+            outside_U = ~_members(union_U, len(head.weight_VD))[ids_U]
+            log_weight_U = torch.zeros(len(ids_U), device=ids_U.device).masked_fill(outside_U, -torch.inf)
             if draws is not None:
                 drawn, log_weight = draws
                 ids_U, log_weight_U = torch.cat([ids_U, drawn]), torch.cat([log_weight_U, log_weight])

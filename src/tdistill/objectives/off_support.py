@@ -10,7 +10,7 @@ import torch
 
 from tdistill import returns
 from tdistill.errors import DomainError
-from tdistill.objectives.base import log_mass_inside_and_outside
+from tdistill.objectives.base import log_mass_inside_and_outside, masked_sum
 from tdistill.types import ActionStats, LossOutput
 
 
@@ -61,8 +61,8 @@ class OffSupport:
         log_inside_N, log_outside_N = log_mass_inside_and_outside(stats)
         term_N = -(mass_N * log_inside_N + (1 - mass_N) * log_outside_N)
         act_N = stats.has_action_N
-        total = self.weight * term_N[act_N].sum()
-        outside = -torch.expm1(log_inside_N.detach())[act_N].sum()
+        total = self.weight * masked_sum(term_N, act_N)
+        outside = masked_sum(-torch.expm1(log_inside_N.detach()), act_N)
         return LossOutput(
             total, {"off_support": (total.detach(), act_N.sum()), f"mass_outside_{self.kind}": (outside, act_N.sum())}
         )

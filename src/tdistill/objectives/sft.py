@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tdistill.objectives.base import Objective
+from tdistill.objectives.base import Objective, masked_sum
 from tdistill.types import ActionStats, LossOutput
 
 
@@ -26,7 +26,7 @@ class SFT(Objective):
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser over the vocabulary. Returns: the sum over rows with an action, nats."""
         assert stats.log_normaliser_N is not None
-        negative_log_likelihood = (stats.log_normaliser_N - stats.q_taken_N)[stats.has_action_N].sum()
+        negative_log_likelihood = masked_sum(stats.log_normaliser_N - stats.q_taken_N, stats.has_action_N)
         return LossOutput(
             negative_log_likelihood, {"nll": (negative_log_likelihood.detach(), stats.has_action_N.sum())}
         )

@@ -304,16 +304,13 @@ class TDistillTrainer(Trainer):
         """Response tokens and plain-text tokens of the whole step, over accumulation and processes: float [2]."""
         if not batch_samples or isinstance(batch_samples[0], list):  # trajectories, not mixed and collated yet
             return None
-        counts = torch.tensor(
-            [
-                sum(int(batch["has_action_N"].sum()) for batch in batch_samples),
-                sum(len(batch["text_target_L"]) for batch in batch_samples),
-            ],
-            device=device,
-        )
-        counts = self.accelerator.reduce(counts, "sum")
-        self.state.num_input_tokens_seen += int(counts[0])
-        self._tokens_since += int(counts[0])
+        # One number leaves the device per step, not one per micro-batch.
+        acts = torch.stack([batch["has_action_N"].sum() for batch in batch_samples]).sum().to(device)
+        text = sum(len(batch["text_target_L"]) for batch in batch_samples)
+        counts = self.accelerator.reduce(torch.stack([acts, torch.full_like(acts, text)]), "sum")
+        num_tokens = int(counts[0])
+        self.state.num_input_tokens_seen += num_tokens
+        self._tokens_since += num_tokens
         return counts
 
     def compute_loss(
