@@ -23,8 +23,7 @@ from tdistill.files import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample
 
 PATH = RESULTS / "decoding.json"
-# The last leaves the likeliest token alone at nearly every position.
-TOP_PS = (TOP_P, 0.5, 0.2, 0.01)
+TOP_PS = (TOP_P, 0.5, 0.2)
 
 
 def missing() -> list[tuple[str, Method | None, int, float]]:
