@@ -58,8 +58,8 @@ def check_context(config: Any, who: str, prompts: Iterable[PromptTokens], max_ne
     if limit is not None and length + max_new_tokens > limit:
         raise PromptTooLongError(
             f"Prompt '{longest.prompt_id}' has {length} tokens and its answer up to {max_new_tokens}; {who} was made "
-            f"for {limit} in all. Lower capture.max_new_tokens, evaluation.max_new_tokens and evaluation.speed_tokens, or "
-            "data.max_prompt_tokens with data.too_long: skip."
+            f"for {limit} in all. Lower capture.max_new_tokens, evaluation.max_new_tokens and evaluation.speed_tokens, "
+            "or data.max_prompt_tokens with data.too_long: skip."
         )
 
 
