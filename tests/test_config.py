@@ -524,6 +524,14 @@ def test_settings_of_a_template_are_names_and_plain_values(plain: Path):
         assert "template_kwargs" in refusal(plain, override)
 
 
+def test_phases_after_each_other_have_other_orders_of_batches_and_phases_beside_each_other_the_same():
+    recipe = load_recipe(RECIPES[-1])
+    orders = {name: recipe.arguments(name, "x").data_seed for name in ("sft", "bd", "sft_continued")}
+    assert orders == {"sft": 42, "bd": 43, "sft_continued": 43}
+    given = load_recipe(RECIPES[-1], ["phases.bd.args.data_seed=7", "phases.sft_continued.args.seed=1"])
+    assert [given.arguments(name, "x").data_seed for name in ("bd", "sft_continued")] == [7, 2]
+
+
 def test_a_phase_has_a_name_of_its_own_where_it_is_logged(plain: Path):
     recipe = load_recipe(plain)
     assert recipe.arguments("bd", "x").run_name == f"{recipe.name}-bd"

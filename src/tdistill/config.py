@@ -356,7 +356,11 @@ class Recipe(_Strict):
         try:
             # Left open, transformers turns its bar off with its log and prints a line per log instead.
             own = {"disable_tqdm": False, "run_name": f"{self.name}-{name}"}
-            return TDistillConfig(output_dir=output_dir, **{**own, **self.phases[name].args})
+            args = TDistillConfig(output_dir=output_dir, **{**own, **self.phases[name].args})
+            if args.data_seed is None:
+                # Not the batches of the phase before in their order again; the same as those of a control beside it.
+                args.data_seed = args.seed + self._num_phases_before(name)
+            return args
         except TDistillError as error:
             raise type(error)(f"phases.{name}.args: {error}") from error
         except (TypeError, ValueError, ImportError) as error:
@@ -370,6 +374,10 @@ class Recipe(_Strict):
                 return phase.init or before
             before = before if phase.control else other
         raise KeyError(name)
+
+    def _num_phases_before(self, name: str) -> int:
+        init = self.init_of(name)
+        return 0 if init == "start" else 1 + self._num_phases_before(init)
 
     @property
     def final_phase(self) -> str:
