@@ -377,8 +377,8 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     monkeypatch.setattr(plan, "FROZEN", (plan.OURS, "minillm"))
     write_times(plan, 2.0, minillm=8.0)
     ours, other = f"{plan.OURS}, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"
-    scores = {(ours, 0.8): 0.2, (ours, 0.5): 0.3, (ours, 0.2): 0.25, (other, 0.8): 0.1, (other, 0.5): 0.2,
-              (other, 0.2): 0.28}  # fmt: skip
+    scores = {(ours, 0.8): 0.2, (ours, 0.2): 0.3, (ours, 0.01): 0.25, (other, 0.8): 0.1, (other, 0.2): 0.2,
+              (other, 0.01): 0.28}  # fmt: skip
 
     def answers(setup: Any, model: str, seeds: Any, top_p: float) -> dict[str, Any]:
         score = scores.get((model, top_p), 0.0)
@@ -402,5 +402,5 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     cells = {line[0]: line[1:] for line in lines if len(line) > 3}
     assert [cell.split()[0] for cell in cells[ours][:4]] == ["2", "0.2500", "0.3500", "0.3000"]
     assert cells[ours][4] == "–"
-    # 0.28 at 0.2 against 0.3 at 0.5, the same for every prompt.
+    # 0.28 at 0.01 against 0.3 at 0.2, the same for every prompt.
     assert cells[other][4] == "-0.0200 [-0.0200, -0.0200]" and cells[other][5] == "0.60"
