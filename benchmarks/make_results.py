@@ -188,6 +188,7 @@ def readme(text: str) -> str:
         "methods": f"At equal cost of training, from `{tests}`: Rouge-L to references on the test sets:\n\n"
         + test_scores(tests),
         "results": f"`make demo`, from `{RESULTS}/demo.json`:\n\n{demo}",
+        "decoding": decoding.lead(RESULTS / "experiments" / "decoding.json", "sft on references"),
         "costs": f"`tdistill bench`, from `{RESULTS}/bench_*.json`:\n\n{headline(measurements())}",
     }
     return fill(text, tables)

@@ -9,6 +9,7 @@ another student would have the same score at a smaller top-p.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from finals import DTYPE, Load
 from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, studied
 from scores import TOP_P, screened_answers
 from setups import Setup
-from tables import UNTRAINED, markdown, with_interval
+from tables import UNTRAINED, markdown, short_name, with_interval
 
 from tdistill.files import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample
@@ -50,40 +51,79 @@ def _rows() -> list[dict[str, Any]]:
     return json.loads(PATH.read_text())["rows"] if PATH.is_file() else []
 
 
-def section(path: Path) -> str:
-    """The section of docs/results.md."""
+@dataclass(frozen=True)
+class _Study:
+    """Rouge-L by method and top-p, its resamples, and of each method its best top-p, chosen anew in each resample."""
+
+    rows: dict[tuple[str, float], list[dict[str, Any]]]
+    values: dict[tuple[str, float], Measured]
+    draws: dict[tuple[str, float], np.ndarray]
+    shared: list[float]
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.values))
+
+    def best(self, name: str) -> tuple[float, np.ndarray]:
+        """Rouge-L at the best of the top-p that all have, and its resamples."""
+        value = max(self.values[name, p].value for p in self.shared)
+        return value, np.max([self.draws[name, p] for p in self.shared], axis=0)
+
+    def at(self, name: str, top_p: float) -> tuple[float, np.ndarray]:
+        """Rouge-L at one top-p, and its resamples."""
+        return self.values[name, top_p].value, self.draws[name, top_p]
+
+
+def _read(path: Path) -> _Study:
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in json.loads(path.read_text())["rows"]:
         rows.setdefault((row["method"], row["top_p"]), []).append(row)
     sums = {at: np.array([np.transpose(row["rouge_l"]) for row in of]) for at, of in rows.items()}
     values = {at: Measured(of, np.ones(of.shape[:2])) for at, of in sums.items()}
     draws = dict(zip(values, resample(list(values.values()), 0), strict=True))
-    names = dict.fromkeys(name for name, _ in values)
-    shared = [p for p in TOP_PS if all((name, p) in values for name in names)]
-    # Of each its best top-p, which every resample chooses anew.
-    best = {name: max(values[name, p].value for p in shared) for name in names}
-    drawn = {name: np.max([draws[name, p] for p in shared], axis=0) for name in names}
+    names = {name for name, _ in values}
+    return _Study(rows, values, draws, [p for p in TOP_PS if all((name, p) in values for name in names)])
+
+
+def _less(one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> str:
+    return with_interval(percentile_interval(one[0] - other[0], one[1] - other[1], 0.95), "+")
+
+
+def section(path: Path) -> str:
+    """The section of docs/results.md."""
+    study = _read(path)
+    names, smallest = study.names(), min(study.shared)
     ours = next((name for name in names if name.startswith(OURS)), None)
-    head = ["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best"]
-    head.append(f"distinct-2 at {min(shared):g}")
-    lines = [head]
+    lines = [["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best",
+              f"distinct-2 at {smallest:g}"]]  # fmt: skip
     for name in names:
-        cells = [str(len(rows[name, shared[0]])) if name not in UNTRAINED else "–"]
-        cells += [
-            with_interval(percentile_interval(values[at].value, draws[at], 0.95))
-            if (at := (name, p)) in values
+        scores = [
+            with_interval(percentile_interval(study.values[name, p].value, study.draws[name, p], 0.95))
+            if (name, p) in study.values
             else "–"
             for p in TOP_PS
         ]
-        gap = "–"
-        if ours is not None and name != ours:
-            gap = with_interval(percentile_interval(best[name] - best[ours], drawn[name] - drawn[ours], 0.95), "+")
-        distinct = np.mean([row["distinct_2"] for row in rows[name, min(shared)]])
-        lines.append([name, *cells, gap, f"{distinct:.2f}"])
+        seeds = "–" if name in UNTRAINED else str(len(study.rows[name, smallest]))
+        gap = "–" if ours is None or name == ours else _less(study.best(name), study.best(ours))
+        distinct = np.mean([row["distinct_2"] for row in study.rows[name, smallest]])
+        lines.append([name, seeds, *scores, gap, f"{distinct:.2f}"])
     return (
         f"## Smaller sets at decoding\n\nFrom `{path}`, which `python benchmarks/experiments decoding` makes: Rouge-L "
         "to references of teacher, start and students of several training seeds on the 200 screening prompts, "
         f"temperature 1, two sampling seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from "
         "when it answers, at no cost; the last difference compares each at its best of the top-p that all have, chosen "
         f"on these prompts and anew in each resample, paired, 95 %.\n\n{markdown(lines)}\n"
+    )
+
+
+def lead(path: Path, other: str) -> str:
+    """The default's lead over another method at the paper's top-p and at the best of each, a sentence of the README."""
+    study = _read(path)
+    ours, theirs = (next(name for name in study.names() if name.startswith(of)) for of in (OURS, other))
+    seeds = len(study.rows[ours, TOP_P])
+    return (
+        f"On the dev prompts ({seeds} training seeds) the lead over {short_name(theirs)} is "
+        f"{_less(study.at(ours, TOP_P), study.at(theirs, TOP_P))} at top-p {TOP_P:g}, and "
+        f"{_less(study.best(ours), study.best(theirs))} with each at its best of top-p "
+        f"{', '.join(f'{p:g}' for p in study.shared)} "
+        "([Smaller sets at decoding](docs/results.md#smaller-sets-at-decoding)).\n"
     )
