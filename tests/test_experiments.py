@@ -403,4 +403,6 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     assert [cell.split()[0] for cell in cells[ours][:4]] == ["2", "0.2500", "0.3500", "0.3000"]
     assert cells[ours][4] == "–"
     # 0.28 at 0.01 against 0.3 at 0.2, the same for every prompt.
+    assert "is +0.1000 [+0.1000, +0.1000] at top-p 0.8, and +0.0200" in decoding.lead(decoding.PATH, "minillm")
+    assert decoding.lead(decoding.PATH, "seqkd") == "" == decoding.lead(decoding.PATH.with_name("none.json"), "minillm")
     assert cells[other][4] == "-0.0200 [-0.0200, -0.0200]" and cells[other][5] == "0.60"

@@ -9,6 +9,7 @@ another student would have the same score at a smaller top-p.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,14 @@ class _Study:
     rows: dict[tuple[str, float], list[dict[str, Any]]]
     values: dict[tuple[str, float], Measured]
     draws: dict[tuple[str, float], np.ndarray]
-    shared: list[float]
 
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for name, _ in self.values))
 
     def best(self, name: str) -> tuple[float, np.ndarray]:
-        """Rouge-L at the best of the top-p that all have, and its resamples."""
-        value = max(self.values[name, p].value for p in self.shared)
-        return value, np.max([self.draws[name, p] for p in self.shared], axis=0)
+        """Rouge-L at the best top-p, and its resamples."""
+        value = max(self.values[name, p].value for p in TOP_PS)
+        return value, np.max([self.draws[name, p] for p in TOP_PS], axis=0)
 
     def at(self, name: str, top_p: float) -> tuple[float, np.ndarray]:
         """Rouge-L at one top-p, and its resamples."""
@@ -74,14 +74,17 @@ class _Study:
 
 
 def _read(path: Path) -> _Study:
+    """What is there of the students that were sampled at every top-p."""
+    found = json.loads(path.read_text())["rows"]
+    taken = Counter((row["method"], row["seed"]) for row in found if row["top_p"] in TOP_PS)
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        rows.setdefault((row["method"], row["top_p"]), []).append(row)
+    for row in found:
+        if taken[row["method"], row["seed"]] == len(TOP_PS):
+            rows.setdefault((row["method"], row["top_p"]), []).append(row)
     sums = {at: np.array([np.transpose(row["rouge_l"]) for row in of]) for at, of in rows.items()}
     values = {at: Measured(of, np.ones(of.shape[:2])) for at, of in sums.items()}
     draws = dict(zip(values, resample(list(values.values()), 0), strict=True))
-    names = {name for name, _ in values}
-    return _Study(rows, values, draws, [p for p in TOP_PS if all((name, p) in values for name in names)])
+    return _Study(rows, values, draws)
 
 
 def _less(one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> str:
@@ -91,16 +94,13 @@ def _less(one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> str
 def section(path: Path) -> str:
     """The section of docs/results.md."""
     study = _read(path)
-    names, smallest = study.names(), min(study.shared)
+    names, smallest = study.names(), min(TOP_PS)
     ours = next((name for name in names if name.startswith(OURS)), None)
     lines = [["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best",
               f"distinct-2 at {smallest:g}"]]  # fmt: skip
     for name in names:
         scores = [
-            with_interval(percentile_interval(study.values[name, p].value, study.draws[name, p], 0.95))
-            if (name, p) in study.values
-            else "–"
-            for p in TOP_PS
+            with_interval(percentile_interval(study.values[name, p].value, study.draws[name, p], 0.95)) for p in TOP_PS
         ]
         seeds = "–" if name in UNTRAINED else str(len(study.rows[name, smallest]))
         gap = "–" if ours is None or name == ours else _less(study.best(name), study.best(ours))
@@ -110,20 +110,23 @@ def section(path: Path) -> str:
         f"## Smaller sets at decoding\n\nFrom `{path}`, which `python benchmarks/experiments decoding` makes: Rouge-L "
         "to references of teacher, start and students of several training seeds on the 200 screening prompts, "
         f"temperature 1, two sampling seeds, weights in {DTYPE}. A student can be given fewer tokens to choose from "
-        "when it answers, at no cost; the last difference compares each at its best of the top-p that all have, chosen "
+        "when it answers, at no cost; the last difference compares each at its best of these top-p, chosen "
         f"on these prompts and anew in each resample, paired, 95 %.\n\n{markdown(lines)}\n"
     )
 
 
 def lead(path: Path, other: str) -> str:
-    """The default's lead over another method at the paper's top-p and at the best of each, a sentence of the README."""
-    study = _read(path)
-    ours, theirs = (next(name for name in study.names() if name.startswith(of)) for of in (OURS, other))
+    """The default's lead over another method at the paper's top-p and at the best of each, for the README."""
+    names = (study := _read(path)).names() if path.is_file() else []
+    found = [next((name for name in names if name.startswith(of)), None) for of in (OURS, other)]
+    if None in found:
+        return ""
+    ours, theirs = found
     seeds = len(study.rows[ours, TOP_P])
     return (
         f"On the dev prompts ({seeds} training seeds) the lead over {short_name(theirs)} is "
         f"{_less(study.at(ours, TOP_P), study.at(theirs, TOP_P))} at top-p {TOP_P:g}, and "
         f"{_less(study.best(ours), study.best(theirs))} with each at its best of top-p "
-        f"{', '.join(f'{p:g}' for p in study.shared)} "
+        f"{', '.join(f'{p:g}' for p in TOP_PS)} "
         "([Smaller sets at decoding](docs/results.md#smaller-sets-at-decoding)).\n"
     )
