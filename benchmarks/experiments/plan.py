@@ -156,7 +156,7 @@ CHOSEN: dict[str, float] = {
 }
 # What the costs of a score are drawn over.
 CURVES = (OURS, "forward_kl", "forward_kl, store", "gkd", "minillm")
-SHARES = {**dict.fromkeys(("2", "0.25", "0.5"), CURVES), "0.125": (OURS,)}
+SHARES = {**dict.fromkeys(("2", "0.25", "0.5"), CURVES), "0.125": (OURS,), "0.0625": (OURS,)}
 # All training seeds at equal tokens; the other main methods, whose steps cost more, have them at equal cost.
 SEEDED = (*TRIED, "sft on references", "seqkd")
 # Those of them whose rows of equal tokens are those of cost 1.
@@ -327,7 +327,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "e8": Experiment(
         "Equal cost, and what a score costs",
         {BASE: searched() | at_equal_cost()},
-        f"Cost 1 is what 80 steps of `{BUDGET}` cost, and those of the default as measured; costs 2 to 0.125 are "
+        f"Cost 1 is what 80 steps of `{BUDGET}` cost, and those of the default as measured; costs 2 to 0.0625 are "
         'shares of it. Rows without a cost are those of equal response tokens, "search" those that learning rates were '
         "chosen by.",
     ),
