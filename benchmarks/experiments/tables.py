@@ -437,7 +437,7 @@ def paper_section(path: Path, tests: Path) -> str:
             f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
-            "Alpaca's. Bellman Distill with a temporal part has no row: by KL it was no better than its twin without "
+            "Alpaca's. Bellman Distill with a temporal part has no row: by KL it was no better than without "
             '("Objectives compared", the real scale of which was measured on 48 prompts of DollyEval). The last row is '
             "iq_learn with alpha = inf, in which nothing is temporal, on answers of people that the teacher scored. "
             "Columns do not compare.",
