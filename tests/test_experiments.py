@@ -64,6 +64,7 @@ def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_ste
         f"{modules.plan.OURS}, learning rate 0.0003, cost 2": 160,
         "minillm, learning rate 5e-05, cost 2": 40,
         f"{modules.plan.OURS}, learning rate 0.0003, cost 0.125": 10,
+        f"{modules.plan.OURS}, learning rate 0.0003, cost 0.0625": 5,
     }
     seeds = {name: method.num_seeds for name, method in methods.items()}
     cheap = [name for name in seeds if name.startswith(modules.plan.OURS) and not name.endswith("cost 2")]

@@ -72,9 +72,9 @@ def screening_section() -> str:
         "with several training seeds; ≈: such a row that is not separated from it. ¹: one training seed, which does "
         "not say how far another training would be; where a row with one is better than all with several, or fewer "
         "than two have several, no best is marked. ²: one training seed, and the batches are those of the start's "
-        "healing again in their order, which no other row has. The experiments' default and the learning rates were "
-        "chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here than on others, and "
-        "nothing corrects for the number of rows.",
+        "healing again in their order; of rows with three seeds see experiments.md. The experiments' default and the "
+        "learning rates were chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here "
+        "than on others, and nothing corrects for the number of rows.",
         "",
         "Needs: what training needs beside the store: the teacher in memory, answers of the student (rollouts), or "
         "logits of the whole vocabulary. KL and loss: nats per token. Tokens: mean length of the sampled answers. "
