@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tdistill.errors import ConfigError, NoSpaceError, PromptTooLongError, TeacherLogitsError
+from tdistill.config import Recipe
+from tdistill.errors import ConfigError, NoSpaceError, PromptTooLongError, TeacherLogitsError, UnsupportedModelError
+from tdistill.evaluation.tasks import check_task_context
+from tdistill.head import check_head
+from tdistill.prompts import check_vocabulary
 from tdistill.teachers.hf import HFTeacher
+from tdistill.teachers.loading import load_config, resolve_model_folder
+from tdistill.training.pruning import choose_layers, prune_layers
 from tdistill.training.student import add_adapter
 from tdistill.training.trainer import TDistillTrainer
 from tdistill.types import PromptTokens
@@ -83,3 +89,59 @@ def check_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         add_adapter(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft = {dict(settings)} does not fit the student: {error}") from error
+
+
+def check_models(recipe: Recipe, teacher: HFTeacher, prompts: Sequence[PromptTokens]) -> None:
+    """Find out before the capture whether teacher and student can do what comes after it.
+
+    Args:
+        recipe: names both, and what is measured.
+        teacher: the teacher.
+        prompts: of all splits.
+    Raises:
+        TDistillError: names the model and the setting that do not go together.
+    """
+    check_vocabulary(teacher.identity["vocab_size"], teacher.tokenizer, f"The teacher {recipe.teacher.model}")
+    config = teacher.model.config
+    max_new_tokens = max(recipe.capture.max_new_tokens, longest_measured(recipe))
+    configs = {f"the teacher {recipe.teacher.model}": config}
+    check_context(config, f"the teacher {recipe.teacher.model}", prompts, max_new_tokens)
+    if recipe.student.layers is not None:
+        num_layers = config.get_text_config().num_hidden_layers
+        choose_layers(num_layers, recipe.student.layers, "even")
+        try:
+            # Some architectures cannot be pruned or have another head; any two layers tell.
+            prune_layers(teacher.model, choose_layers(num_layers, min(num_layers, 2), "even"))
+            check_head(teacher.model)
+        except UnsupportedModelError:
+            check_finite(teacher, prompts[0])
+            raise
+    else:
+        assert recipe.student.model is not None
+        config = load_config(resolve_model_folder(recipe.student.model, revision=recipe.student.revision))
+        configs[f"the student {recipe.student.model}"] = config
+        check_context(config, f"the student {recipe.student.model}", prompts, max_new_tokens)
+    for name, task in (recipe.evaluation.tasks or {}).items():
+        check_task_context(name, task, teacher.tokenizer, configs)
+    attention = recipe.student.attn_implementation
+    try:
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"student.attn_implementation = {attention}: {error}") from error
+    if recipe.peft is not None:
+        check_adapter(student, recipe.peft)
+
+
+def longest_measured(recipe: Recipe) -> int:
+    """Tokens of the longest answer of an evaluation; timed ones do not end before."""
+    return max(recipe.evaluation.max_new_tokens, recipe.evaluation.speed_tokens)
+
+
+def check_one_device() -> None:
+    """Raise ConfigError where transformers would train on several GPUs at once in one process."""
+    if (count := torch.cuda.device_count()) > 1:
+        raise ConfigError(
+            f"{count} GPUs are visible, and a run trains on one. Set CUDA_VISIBLE_DEVICES=0; a teacher that needs more "
+            "is asked first with all of them: `tdistill capture`, and then `tdistill run` with one."
+        )

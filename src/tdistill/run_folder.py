@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -18,6 +20,7 @@ from pydantic import ValidationError
 
 from tdistill.config import Recipe
 from tdistill.errors import DataFileError, RunFolderError, TDistillError
+from tdistill.files import write_atomically
 from tdistill.store.read import kept_jobs
 
 SPLITS = ("train", "dev", "held_out")
@@ -53,6 +56,55 @@ def only_process(lock: FileLock, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def run_files(folder: Path) -> set[Path]:
+    """Files of the run; raise RunFolderError if there are others only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Hidden files are the lock, and what a kill has left of something unfinished.
+        files = {file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder} cannot be used: {error.strerror}. Choose another folder with output=FOLDER."
+        ) from error
+    if files and folder / "recipe.yaml" not in files:
+        raise RunFolderError(f"{folder} exists and is no run of tdistill. Choose another folder with output=FOLDER.")
+    return files
+
+
+def claim_folder(folder: Path, recipe: Recipe, done: Callable[[], bool], say: Callable[[str], None]) -> None:
+    """Make a folder that of a recipe, or find that it is already.
+
+    Args:
+        folder: that this process has locked.
+        recipe: that is started in it.
+        done: whether the run is finished.
+        say: receives what goes on from where, and what differs.
+    Raises:
+        RunFolderError: it holds another run, or things that are no run, or links to answers that are gone.
+    """
+    path, environment_path = folder / "recipe.yaml", folder / "environment.json"
+    files = run_files(folder)
+    if (stores := folder / "store").is_symlink() and not stores.exists():
+        raise RunFolderError(
+            f"{stores} leads to {stores.readlink()}, the answers of another run (capture.from_run), which are not "
+            "there any more. Put that folder back, or choose another folder with output=FOLDER."
+        )
+    # A run that was refused before its first answer leaves these two; its recipe may be corrected.
+    begun = bool(files) and files != {path, environment_path}
+    differing = differing_lines(folder, recipe, begun) if files else []
+    if not begun:
+        link_stores(folder, recipe.capture.from_run)
+    elif any(line.startswith("phases.") for line in differing):
+        # A copy of what was the final phase.
+        shutil.rmtree(folder / "student", ignore_errors=True)
+    if not files or differing:
+        write_atomically(path, recipe.to_yaml())
+    if files and (begun or not differing):
+        say("; ".join([f"{'reuses' if done() else 'resumes'} the run in {folder}", *differing]))
+    if not environment_path.is_file():
+        write_atomically(environment_path, json.dumps(environment(), indent=1) + "\n")
 
 
 def differing_lines(folder: Path, recipe: Recipe, begun: bool) -> list[str]:
@@ -145,6 +197,22 @@ def check_asked(recipe: Recipe, path: Path, split: str, prompt_ids: Collection[s
             f"{recipe.capture.from_run} (capture.from_run) lacks answers to {len(lacking)} prompts of "
             f"{source}, such as '{lacking[0]}'. Capture them there, or leave capture.from_run out."
         )
+
+
+def note_time(folder: Path, stage: str, seconds: float, add: bool = False) -> None:
+    """Write the seconds of a stage into ``times.json``, or add them to those that are there."""
+    path = folder / "times.json"
+    times = json.loads(path.read_text()) if path.is_file() else {}
+    before = times.get(stage, 0.0) if add else 0.0
+    write_atomically(path, json.dumps({**times, stage: round(before + seconds, 1)}, indent=1) + "\n")
+
+
+def publish_copy(source: Path, target: Path) -> None:
+    """Copy a folder so that it appears whole or not at all."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
 
 
 def environment() -> dict[str, Any]:

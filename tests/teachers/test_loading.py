@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tdistill.config import Recipe, TeacherConfig
 from tdistill.errors import ConfigError, ModelNotFoundError
-from tdistill.pipeline import Run, load_teacher
+from tdistill.models import load_teacher
+from tdistill.pipeline import Run
 from tdistill.teachers import loading
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_config, load_tokenizer, resolve_model_folder, weights_sha256

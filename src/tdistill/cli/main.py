@@ -202,8 +202,8 @@ def check_theory(
 @check.command("batches")
 def check_batches(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure which share of the teacher's answers changes with the batch size (sums of floats do)."""
+    from tdistill.bench.batches import batch_size_effect
     from tdistill.config import load_recipe
-    from tdistill.pipeline import batch_size_effect
 
     effect = batch_size_effect(load_recipe(recipe, overrides or []))
     typer.echo(json.dumps(effect) if as_json else "\n".join(f"{key}: {value}" for key, value in effect.items()))

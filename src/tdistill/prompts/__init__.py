@@ -9,8 +9,9 @@ from tdistill.prompts.identity import (
 )
 from tdistill.prompts.overlap import count_shared
 from tdistill.prompts.read import Record, is_file, read_records, read_texts, resolve_package_path
+from tdistill.prompts.references import references_by_id
 from tdistill.prompts.templates import Template, TemplateKind, choose_template
-from tdistill.prompts.tokenise import tokenize_prompts
+from tdistill.prompts.tokenise import tokenize_prompts, tokenize_texts
 
 __all__ = [
     "Record",
@@ -25,7 +26,9 @@ __all__ = [
     "num_token_ids",
     "read_records",
     "read_texts",
+    "references_by_id",
     "resolve_package_path",
     "tokenize_prompts",
+    "tokenize_texts",
     "tokenizer_sha256",
 ]

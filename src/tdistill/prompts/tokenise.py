@@ -200,3 +200,26 @@ def _pack(prompt_id: str, prompt_ids: list[int], response: list[int] | None, max
         return PromptTokens(prompt_id, ids)
     ends: Literal["terminal", "truncated"] = "terminal" if len(response) <= max_new_tokens else "truncated"
     return PromptTokens(prompt_id, ids, np.array(response[:max_new_tokens], dtype=np.int32), ends)
+
+
+def tokenize_texts(texts: Sequence[str], tokenizer: Any, max_tokens: int, source: str) -> list[np.ndarray]:
+    """Tokenise plain texts, without special tokens.
+
+    Args:
+        texts: see :func:`tdistill.prompts.read.read_texts`.
+        tokenizer: a transformers tokenizer.
+        max_tokens: longer ones are cut, tokens.
+        source: file and setting that they come from, for messages.
+    Returns:
+        Rows of int64 ids; texts of one token are left out.
+    Raises:
+        EmptyPromptSetError: nothing is left.
+    """
+    rows = [
+        np.array(tokenizer(text, truncation=True, max_length=max_tokens, add_special_tokens=False)["input_ids"])
+        for text in texts
+    ]
+    # A single token has nothing before it that could predict it.
+    if not (rows := [row.astype(np.int64) for row in rows if len(row) > 1]):
+        raise EmptyPromptSetError(f"{source} holds no text of two tokens or more.")
+    return rows
