@@ -48,14 +48,33 @@ COLUMNS = {
 INTRODUCTION = """# Results
 
 Numbers are read from the JSON file named above them, those of setups that experiments share from
-`benchmarks/results/experiments/e1.json`, costs and sizes from `times.json` there. What the rows' names mean, what is
-shared and what was chosen on which data: [experiments.md](experiments.md). What follows from it: [LOG.md](LOG.md).
+`benchmarks/results/experiments/e1.json`, costs and sizes from `times.json` there. What is shared and what was chosen on
+which data: [experiments.md](experiments.md). What follows from it: [LOG.md](LOG.md).
+
+The questions, and where they are answered:
+
+- Which method gives the better student at equal cost? [Test sets](#test-sets-equal-cost), and of what else was tried
+  [Equal cost](#equal-cost-and-what-a-score-costs-e8) and the [Main table](#main-table-equal-response-tokens-e1).
+- How much of that is decoding? [Smaller sets at decoding](#smaller-sets-at-decoding).
+- Is it the temporal part that helps? By KL, no: [Objectives compared, tiny scale](#objectives-compared-tiny-scale)
+  (E3, E4, E7).
+- What did not work? [What did not work](#what-did-not-work), and in words [LOG.md](LOG.md).
 
 *The default* on this page is that of the experiments, `bellman_distill, sampled, off-support weight 3, references`:
 `iq_learn` with α = ∞, the sampled first-order term, p = 0.5 and an off-support weight of 3 on people's answers that the
 teacher scored. Nothing in it is temporal, and it is not the library's default, which has the expected first-order term
-and weight 1.
-`bellman_distill` in a row's name stands for `iq_learn` with α = ∞ at p = 0.5 unless it names another.
+and weight 1. Names of rows:
+
+- `bellman_distill`: `iq_learn` with α = ∞, at p = 0.5 unless the name has another, with the expected first-order term
+  unless it says `sampled`. A name that begins with `sampled` has off-support control `tail`, the exact mass outside the
+  sets, in place of `negatives`, draws.
+- `references`: trained on people's answers to the training prompts, else on the teacher's. `seqkd`: SFT on the latter.
+- `set`: the divergence is taken on the stored sets, with off-support control; `store`: on the sets and the mass outside
+  as one token; neither: on whole distributions, with the teacher in memory.
+- `target teacher`: off-support control asks for the mass that the teacher leaves outside the sets, else for none.
+  `outside kept`: tokens of the answers outside the sets are trained on, else dropped.
+- `10 nats`: in place of a p, the loss of value that a trajectory may have ([choosing p](choosing-p.md)).
+- `cost 0.25`: as many steps as this share of the budget pays for; `search`: a row that a learning rate was chosen by.
 """
 
 
@@ -105,6 +124,14 @@ def page() -> str:
     return "\n".join(parts)
 
 
+# What the library measures and no experiment asks for, and why.
+_NOT_PLANNED = (
+    "Not planned: win rates by a judge and accuracy on GSM8K through lm-eval, for which there is neither a judge nor "
+    "lm-eval where the experiments run (E9 measures Rouge-L), and GKD, MiniLLM and forward KL on the teacher's answers "
+    "on the test sets, where nothing is known of them."
+)
+
+
 def _not_run() -> str:
     """The section of what is planned and has no row yet; empty where all have."""
     left: dict[str, dict[str, list[int]]] = {}
@@ -123,13 +150,11 @@ def _not_run() -> str:
     for name, study in {"exposure": prefixes, "decoding": decoding}.items():
         for method, _, seed, *_ in study.missing():
             left.setdefault(f"`{name}`", {}).setdefault(method, []).append(seed)
-    if not left:
-        return ""
     lines = [
         f"- {title}: " + "; ".join(method + _seeds(seeds) for method, seeds in of.items()) for title, of in left.items()
     ]
     head = "Planned in `benchmarks/experiments/plan.py`; of training seed 0 where none is named."
-    return "## Not run yet\n\n" + head + "\n\n" + "\n".join(lines) + "\n"
+    return "## Not run yet\n\n" + "\n".join([head, "", *lines, "", _NOT_PLANNED]) + "\n"
 
 
 def _seeds(seeds: list[int]) -> str:

@@ -63,8 +63,12 @@ class Claims:
             "teacher": TEACHER + (", fine-tuned on references" if self.fine_tuned else ""),
             "student": f"{self.layers} of its layers",
             "prompts": f"{self.num_train} of {self.train}{short}",
-            "answers": f"{self.answers_per_prompt} to a prompt, at most {MAX_NEW_TOKENS} tokens, sampled from sets of "
-            f"mass {self.p_max:g} and at most {CaptureConfig().max_actions} tokens",
+            "answers": f"{self.answers_per_prompt} to a prompt, at most {MAX_NEW_TOKENS} tokens, sampled from "
+            + (
+                f"sets of mass {self.p_max:g} and at most {CaptureConfig().max_actions} tokens"
+                if self.p_max < 1
+                else "the whole distribution"
+            ),
         }
 
 

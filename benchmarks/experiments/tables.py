@@ -20,10 +20,13 @@ from plan import (
     EXPERIMENTS,
     FIRST,
     FROZEN,
+    MAIN,
     METHODS,
     OURS,
+    SET_SKEW,
     START_OF_TESTS,
     STEPS,
+    WHOLE,
     WITH_CAPTURE,
     asked_s,
     at_cost_one,
@@ -45,6 +48,7 @@ _METRICS = _SAMPLED | _TOKENS
 # Of the sampled answers, to be read beside their scores: heading and format of the mean.
 _ANSWERS = {"length": ("tokens", ".1f"), "terminated": ("ended", ".0%"), "distinct_2": ("distinct-2", ".2f")}
 UNTRAINED = ("start", START_OF_TESTS, "teacher")
+_NAMED = METHODS | WHOLE
 # Names in the README, where no row tells a form of the default from another.
 _SHOWN = {
     OURS: "iq_learn on scored references",
@@ -52,6 +56,7 @@ _SHOWN = {
     FIRST: "iq_learn, expected, on answers",
     "start": "start, common to all",
 }
+_COST_HEAD = ["steps", "cost, s", "with scores of references, s"]
 # Setup of the rows that are taken from the main table.
 _BASE_SHOWN = "main table's setup"
 _Rows = list[dict[str, Any]]
@@ -68,13 +73,13 @@ def screening_section() -> str:
         "setup's teacher to these prompts, so they compare within a table, as another setup has other answers.",
         "",
         "Intervals: 95 %, bootstrap over prompts and, where there are several, training seeds; over two or three "
-        "trainings they are a rough guide. Differences are paired by prompt. Bold: the best of a column, of the rows "
-        "with several training seeds; ≈: such a row that is not separated from it. ¹: one training seed, which does "
-        "not say how far another training would be; where a row with one is better than all with several, or fewer "
-        "than two have several, no best is marked. ²: one training seed, and the batches are those of the start's "
-        "healing again in their order; of rows with three seeds see experiments.md. The experiments' default and the "
-        "learning rates were chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here "
-        "than on others, and nothing corrects for the number of rows.",
+        "trainings they are a rough guide, and none covers another start, other training prompts or other answers of "
+        "the teacher. Differences are paired by prompt. Bold: the best of a column among the rows with several "
+        "training seeds, where there are two such; ≈: such a row that is not separated from it. ¹: one training seed, "
+        "which does not say how far another training would be, so the row is not compared. ²: with training seed 0 the "
+        "batches are those of the start's healing again in their order. The experiments' default and the learning "
+        "rates were chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here than on "
+        "others, and nothing corrects for the number of rows.",
         "",
         "Needs: what training needs beside the store: the teacher in memory, answers of the student (rollouts), or "
         "logits of the whole vocabulary. KL and loss: nats per token. Tokens: mean length of the sampled answers. "
@@ -100,7 +105,7 @@ def experiment_section(path: Path) -> str:
     elif name == "e1":
         rate = f"learning rate {second['learning_rate']:g} unless the row names another"
     parts = [
-        f"## {experiment.title}",
+        f"## {experiment.title} ({name.upper()})",
         "",
         *([experiment.about, ""] if experiment.about else []),
         f"From `{path}`, which `python benchmarks/experiments {name}` makes again and goes on with. "
@@ -183,13 +188,17 @@ def cost_figure(path: Path, with_capture: bool) -> str:
     """Scores over cost of the rows at the chosen rates, a line per method, without or with what asking costs."""
     cost = _with_capture if with_capture else _seconds
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    rows = _by_method([row for row in cost_rows(path) if _at_chosen_rate(row["method"]) in CURVES])
+    every = _by_method(cost_rows(path))
+    rows = {name: mine for name, mine in every.items() if _at_chosen_rate(name) in (*CURVES, *MAIN)}
     rows = {name: mine for name, mine in rows.items() if not name.endswith((WITH_CAPTURE, "search"))}
+    longest = max(cost(mine[0]) for mine in rows.values()) / 60
     for metric, (title, _) in (("rouge_l", _SAMPLED["rouge_l"]), ("kl_sum", _TOKENS["kl_sum"])):
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, mine in rows.items():
             point = (cost(mine[0]) / 60, measured(mine, metric).value)
             curves.setdefault(short_name(name), []).append(point)
+        start = measured(every["start"], metric).value
+        curves["the start"] = [(0.0, start), (longest, start)]
         panels[title] = {name: tuple(map(list, zip(*sorted(points), strict=True))) for name, points in curves.items()}
     name, counted = ("cost-with-capture", "and of capture") if with_capture else ("cost", "without capture")
     return curves_chart(name, "Scores over cost", f"minutes of training, {counted}", panels)
@@ -219,6 +228,7 @@ def _reach(rows: _Rows) -> list[str]:
          "with scores of references, times"]
     ]  # fmt: skip
     best = {name: max(of, key=lambda row: values[row].value) for name, of in found.items()}
+    level = [name for name, row in best.items() if (above(row, "start").low or 0.0) <= 0.0]
     for name, row in sorted(best.items(), key=lambda item: -values[item[1]].value):
         tried = sorted({_seconds(methods[each][0]) for each in found[name]})
         cells = [name, ", ".join(f"{cost:.0f}" for cost in tried), f"{values[row].value:.4f}"]
@@ -234,12 +244,12 @@ def _reach(rows: _Rows) -> list[str]:
     if len(lines) == 1:
         return []
     return [
-        "What a score costs, of the rows above at the chosen rates with more than one training: the cheapest row of "
-        "the default that is separated above every row of another method, by how much above its best, and how many "
-        "times its cost the dearest of the other method's rows is, none of which has that score. The ratio says how "
-        "far the other method was tried, not that it never has the score at another cost; where a method is not above "
-        "the start, which costs nothing here, it says no more than that. With scores of references: those that the "
-        "steps read are added.",
+        "What a score costs, of the rows above at the chosen rates with more than one training. "
+        f"Not separated above the start, which costs nothing here: {'; '.join(level) or 'none'}. Of these the ratio "
+        "says that the default passes their best score before they do, not when they would. Beside each method: the "
+        "cheapest row of the default that is separated above every row of it, by how much above its best, and how many "
+        "times its cost the dearest of the method's rows is, none of which has that score. The ratio says how far the "
+        "other method was tried. With scores of references: those that the steps read are added.",
         "",
         markdown(lines),
         "",
@@ -249,15 +259,17 @@ def _reach(rows: _Rows) -> list[str]:
 def tests_section(path: Path) -> str:
     """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
     content = json.loads(path.read_text())
-    if not (rows := _test_rows(content["rows"])):
+    if not (rows := _test_rows(path)):
         return ""
     seeds = sorted({row["sampling_seed"] for row in content["rows"]})
     sets = {row["set"]: len(row["rouge_l"]) for row in content["rows"]}
     num_sets = len(sets) + 1
-    scores = [
-        ["", "seeds", "needs", *sets, "mean", "share of the teacher's", "distinct-2", "parameters, M", "tokens/s"]
+    scores = [["", "seeds", "needs", *_COST_HEAD, *sets, "mean", "share of the teacher's", "distinct-2",
+               "parameters, M", "tokens/s"]]  # fmt: skip
+    scores += [
+        [row.name, row.seeds, _needs(row.name), *row.costs, *row.scores, row.share, row.distinct, *row.size]
+        for row in rows
     ]
-    scores += [[row.name, row.seeds, _needs(row.name), *row.scores, row.share, row.distinct, *row.size] for row in rows]
     less = [["", *(f"{name} less the default's" for name in [*sets, "mean"])]]
     less += [[row.name, *row.less] for row in rows if row.less != ["–"] * num_sets]
     parts = [
@@ -268,8 +280,11 @@ def tests_section(path: Path) -> str:
         f"{', '.join(f'{number} prompts of {name}' for name, number in sets.items())}; those of Vicuna have answers of "
         "GPT-3.5 for references, the others people's. The mean is that of the sets. Each frozen recipe was looked at "
         "once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each set by themselves, and "
-        "training seeds where there are several; differences are paired by prompt. Bold: the best student of a column; "
-        f"≈: not separated from it. Weights in {content['dtype']} for sampling. Size and speed are those of the models "
+        "training seeds where there are several: over three trainings a rough guide, which does not cover another "
+        "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Bold: the "
+        f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
+        f"rounded to it but for {SET_SKEW}, whose are float32. ²: see the tables of the screening prompts. "
+        "Size and speed are those of the models "
         "in float32, one answer at a time on two CPU cores. Equal cost is that of training. "
         f"{_asked_before()} Needs and distinct-2: see the tables of the screening prompts.",
         "",
@@ -300,7 +315,7 @@ def _asked_before() -> str:
 def test_scores(path: Path) -> str:
     """The table of the test sets with the difference of the mean alone, for the README."""
     looks = json.loads(path.read_text())["rows"] if path.is_file() else []
-    if not (rows := _test_rows(looks)):
+    if not (rows := _test_rows(path)):
         return ""
     head = ["", "seeds", *dict.fromkeys(row["set"] for row in looks), "mean", f"mean less that of {_SHOWN[OURS]}"]
     lines = [[*head, "share of the teacher's", "KL(teacher‖student), dev prompts", "parameters, M", "tokens/s"]]
@@ -343,6 +358,7 @@ class _TestRow:
 
     name: str
     seeds: str
+    costs: list[str]
     scores: list[str]
     less: list[str]
     share: str
@@ -350,8 +366,9 @@ class _TestRow:
     size: list[str]
 
 
-def _test_rows(looks: _Rows) -> list[_TestRow]:
+def _test_rows(path: Path) -> list[_TestRow]:
     """Rows of the table of the test sets; none before the default was looked at on all of them."""
+    looks, trained = json.loads(path.read_text())["rows"], _by_method(cost_rows(path.with_name("e8.json")))
     rows, sets = looks_complete(looks), list(dict.fromkeys(row["set"] for row in looks))
     if not any(row["method"].startswith(OURS) for row in rows):
         return []
@@ -390,11 +407,13 @@ def _test_rows(looks: _Rows) -> list[_TestRow]:
             share = with_interval(percentile_interval(float(ratio[0]), ratio[1], _LEVEL), "", ".1%")
         of_model = models.get("teacher" if method == "teacher" else "student")
         size = [f"{of_model['num_parameters'] / 1e6:.1f}", f"{of_model['decode_tokens_per_s']:.1f}"] if of_model else []
+        mine = [{"method": method}] if method in UNTRAINED else trained[method]
         bigrams = [np.mean(row["distinct_2"]) for row in distinct.get(method, [])]
         found.append(
             _TestRow(
                 method,
-                "–" if method in UNTRAINED else str(num_seeds[method]),
+                _seeds_of(mine, num_seeds[method]),
+                _costs(mine[0]),
                 cells[""],
                 cells["+"],
                 share,
@@ -437,8 +456,9 @@ def paper_section(path: Path, tests: Path) -> str:
             f"{' / '.join(paper['sets'])}. What differs here: the teacher is 11 to 50 times smaller, the student 1.5 "
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
-            "Alpaca's. Bellman Distill with a temporal part has no row: by KL it was no better than without "
-            '("Objectives compared", the real scale of which was measured on 48 prompts of DollyEval). The last row is '
+            "Alpaca's. Bellman Distill has no row: it was not taken to the test sets, as with a temporal part it was "
+            'no better by KL than without ("Objectives compared", the real scale of which was measured on 48 prompts '
+            "of DollyEval). The note has the same figures for SFT of GPT-2 and of OPT, perhaps a slip. The last row is "
             "iq_learn with alpha = inf, in which nothing is temporal, on answers of people that the teacher scored. "
             "Columns do not compare.",
             "",
@@ -461,7 +481,7 @@ def short_name(row: str) -> str:
 
 
 def _method_of(row: str) -> str:
-    return next(name for name in sorted(METHODS, key=len, reverse=True) if row.startswith(name))
+    return next(name for name in sorted(_NAMED, key=len, reverse=True) if row.startswith(name))
 
 
 def _seconds(row: dict[str, Any]) -> float:
@@ -494,7 +514,7 @@ def _table(rows: _Rows, costs: Any = None) -> str:
     values = {metric: {name: measured(mine, metric) for name, mine in methods.items()} for metric in _METRICS}
     draws = {metric: dict(zip(of, resample(list(of.values()), _SEED), strict=True)) for metric, of in values.items()}
     against = "Rouge-L less that of " + ("the default" if ours and ours.startswith(OURS) else str(ours))
-    extra = ["steps", "cost, s", "with scores of references, s"] if costs else []
+    extra = _COST_HEAD if costs else []
     lines = [["", "seeds", "needs", *extra, *(title for title, _ in _METRICS.values()), against,
               "share of the teacher's Rouge-L", *(title for title, _ in _ANSWERS.values())]]  # fmt: skip
     points = {metric: {name: value.value for name, value in of.items()} for metric, of in values.items()}
@@ -528,26 +548,28 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in ruled)
 
 
-def _seeds_of(rows: _Rows) -> str:
-    """How many training seeds; of one, whether its batches are those of the start again."""
-    if rows[0]["method"] in UNTRAINED:
+def _seeds_of(rows: _Rows, number: int | None = None) -> str:
+    """How many training seeds, of these rows if no other number is given, and whether one has the start's batches."""
+    if (row := rows[0]["method"]) in UNTRAINED:
         return "–"
-    again = "data_seed" not in rows[0] and not rows[0]["method"].partition(", learning rate")[0].endswith("references")
-    return str(len(rows)) + ("" if len(rows) > 1 else "²" if again else "¹")
+    number, method = number or len(rows), _NAMED[_method_of(row)]
+    reads_answers = not method.references and (method.rollouts or {}).get("share") != 1
+    again = reads_answers and any(row["seed"] == 0 and "data_seed" not in row for row in rows)
+    return f"{number}{'²' if again else '¹' if number == 1 else ''}"
 
 
 def _needs(row: str) -> str:
     """What the training of a row needs beside its store."""
     if row in UNTRAINED:
         return "–"
-    method = METHODS[_method_of(row)]
+    method = _NAMED[_method_of(row)]
     args = TDistillConfig("unused", **method.args)
     objective = args.build_objective()
     off_support = OffSupport(args.off_support) if objective.uses_off_support else None
     needs = {
         "teacher": objective.needs_teacher,
         "rollouts": method.rollouts is not None,
-        "vocabulary": "vocabulary" in (objective.support, off_support and off_support.support),
+        "vocabulary": method.whole or "vocabulary" in (objective.support, off_support and off_support.support),
     }
     return ", ".join(name for name, needed in needs.items() if needed) or "–"
 
@@ -563,13 +585,12 @@ def _marks(
 ) -> dict[str, str]:
     """Formats of the best student of a column and of those that are not separated from it.
 
-    No interval says how far another training of a row with one training seed would be, so such rows are not compared;
-    where one of them is better than all others, no best is known.
+    No interval says how far another training of a row with one training seed would be, so such rows are not compared.
     """
     students = {name: point if more else -point for name, point in points.items() if name not in UNTRAINED}
-    seeded = [name for name in students if num_seeds[name] > 1]
-    if len(seeded) < 2 or (best := max(students, key=lambda name: students[name])) not in seeded:
+    if len(seeded := [name for name in students if num_seeds[name] > 1]) < 2:
         return {}
+    best = max(seeded, key=lambda name: students[name])
     marks = {best: "**{}**"}
     for name in set(seeded) - {best}:
         gap = percentile_interval(points[name] - points[best], draws[name] - draws[best], _LEVEL)
