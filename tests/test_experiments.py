@@ -179,9 +179,10 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     times = modules.plan.RESULTS / "times.json"
     scored = {"response_tokens": 512, "seconds": 1.0, "all_response_tokens": 51200}
     times.write_text(json.dumps(json.loads(times.read_text()) | {"scored": scored}))
+    screening = {"kl_sum": [3.0, 1.0], "num_tokens": [1, 1]}
     trained = [
-        {"method": f"{modules.plan.OURS}, cost 1", "seed": 0, "steps": 80},
-        {"method": "seqkd, cost 1", "seed": 0, "steps": 95},
+        {"method": of, "seed": 0, "steps": steps, "screening": screening}
+        for of, steps in ((f"{modules.plan.OURS}, cost 1", 80), ("seqkd, cost 1", 95))
     ]
     (tmp_path / "e8.json").write_text(json.dumps({"rows": trained}))
     lines = [
@@ -204,6 +205,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert [line[0] for line in short[2:]] == ["iq_learn on scored references", "teacher", "seqkd"]
     assert short[0][-5] == "mean less that of iq_learn on scored references"
     assert short[-1][1:7] == ["3²", *scores[6:9], less[3], scores[9]]
+    assert short[-1][7] == "2.00"  # KL on the dev prompts
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 
