@@ -314,9 +314,9 @@ def _asked_before() -> str:
 
 def test_scores(path: Path) -> str:
     """The table of the test sets with the difference of the mean alone, for the README."""
-    looks = json.loads(path.read_text())["rows"] if path.is_file() else []
-    if not (rows := _test_rows(path)):
+    if not (path.is_file() and (rows := _test_rows(path))):
         return ""
+    looks = json.loads(path.read_text())["rows"]
     head = ["", "seeds", *dict.fromkeys(row["set"] for row in looks), "mean", f"mean less that of {_SHOWN[OURS]}"]
     lines = [[*head, "share of the teacher's", "KL(teacher‖student), dev prompts", "parameters, M", "tokens/s"]]
     dev = _by_method(cost_rows(path.with_name("e8.json")))
