@@ -142,6 +142,6 @@ def check_one_device() -> None:
     """Raise ConfigError where transformers would train on several GPUs at once in one process."""
     if (count := torch.cuda.device_count()) > 1:
         raise ConfigError(
-            f"{count} GPUs are visible, and a run trains on one. Set CUDA_VISIBLE_DEVICES=0; a teacher that needs more "
-            "is asked first with all of them: `tdistill capture`, and then `tdistill run` with one."
+            f"{count} GPUs are visible, and a run trains on one. Set CUDA_VISIBLE_DEVICES=0; with a teacher that "
+            "needs more, only for `tdistill train`, and all of them for `tdistill capture` before and `eval` after it."
         )
