@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tdistill.files import write_atomically
+from tdistill.files import publish, write_atomically
 
 
 def test_threads_that_write_one_file_do_not_take_each_others_parts(tmp_path: Path):
@@ -51,6 +51,24 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path: Pa
     monkeypatch.setattr(Path, "replace", noting_rename)
     write_atomically(path, "new")
     assert events[1:] == [tmp_path]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs names of open files")
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    partial, folder, events, rename = tmp_path / ".a.partial", tmp_path / "deep" / "a", [], Path.rename
+    (partial / "sub").mkdir(parents=True)
+    (partial / "sub" / "weights").write_text("1")
+    inside = {partial, partial / "sub", partial / "sub" / "weights"}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+
+    def noting_rename(source: Path, target: Path) -> Path:
+        assert set(events) == inside
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    publish(partial, folder)
+    assert events[len(inside) :] == [folder.parent] and (folder / "sub" / "weights").read_text() == "1"
+    assert not partial.exists()
 
 
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

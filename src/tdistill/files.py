@@ -30,13 +30,32 @@ def write_atomically(path: Path, content: str | bytes, partial: Path | None = No
     except (Exception, KeyboardInterrupt):
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable by itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    _sync_folder(path.parent)
     return path
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, its content on the disk before it: what is there is whole, power lost or not."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(partial)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; where a folder cannot be opened, renames are so by themselves."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

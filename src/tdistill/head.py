@@ -74,6 +74,14 @@ class OutputHead:
         factor_A, factor_B, scale = self.low_rank
         return replace(self, weight_VD=_merge(self.weight_VD, factor_A, factor_B, scale), low_rank=None)
 
+    def first(self, num_tokens: int | None) -> OutputHead:
+        """The head without the rows that pad the vocabulary, low-rank factors multiplied out; None: all rows."""
+        if num_tokens is None:
+            return self
+        head = self.merged()
+        bias = None if head.bias_V is None else head.bias_V[:num_tokens]
+        return replace(head, weight_VD=head.weight_VD[:num_tokens], bias_V=bias)
+
     def select(self, ids_U: Tensor) -> OutputHead:
         """The head restricted to some tokens, low-rank factors multiplied out."""
         rows_UD = embedding(ids_U, self.weight_VD, sparse=self.sparse_gradient)

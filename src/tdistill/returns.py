@@ -174,7 +174,7 @@ def lambda_return(reward_N: Tensor, value_N: Tensor, stats: ActionStats, gamma: 
     next_uses_N = torch.cat([uses_N[1:], uses_N.new_zeros(1)])
     following_N, _ = next_value(value_N, stats)
     # Where the run stops at the next state, all of the weight is on its value.
-    mixes_N = (goes_on_N & next_uses_N).to(value_N.dtype)
+    mixes_N = (goes_on_N & next_uses_N).to(torch.promote_types(value_N.dtype, torch.float32))
     base_N = torch.where(uses_N, reward_N + gamma * (1 - lam * mixes_N) * following_N, torch.zeros_like(value_N))
     return discounted_sum(base_N, gamma * lam * mixes_N)
 

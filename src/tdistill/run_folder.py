@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from tdistill.config import Recipe
 from tdistill.errors import DataFileError, RunFolderError, TDistillError
-from tdistill.files import write_atomically
+from tdistill.files import publish, write_atomically
 from tdistill.store.read import kept_jobs
 
 SPLITS = ("train", "dev", "held_out")
@@ -212,7 +212,7 @@ def publish_copy(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    partial.rename(target)
+    publish(partial, target)
 
 
 def environment() -> dict[str, Any]:

@@ -125,6 +125,7 @@ class ActionStats:
             ``has_action_N`` is false. None where the store lists no sets.
         teacher_log_sum_exp_N: log-sum-exp of the teacher's logits at the recorded temperature, nats, or None.
         from_student_N: bool, true in trajectories that the student sampled and the teacher scored; None for none.
+        added_M: bool, true for a token that the student took and that is in the set for that alone; None for none.
         divergence_N: the objective's divergence between the distributions of a teacher in memory and of the student,
             over the tokens that both have, or None.
         log_prob_sampled_N: log-probability that the policy which sampled an answer of the student gave the token
@@ -148,6 +149,7 @@ class ActionStats:
     log_prob_taken_teacher_N: Tensor | None = None
     teacher_log_sum_exp_N: Tensor | None = None
     from_student_N: Tensor | None = None
+    added_M: Tensor | None = None
     divergence_N: Tensor | None = None
     log_prob_sampled_N: Tensor | None = None
     target: ActionStats | None = None

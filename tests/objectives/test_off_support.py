@@ -55,6 +55,23 @@ def test_least_where_the_student_has_the_teachers_mass_on_the_set():
         assert slope == pytest.approx(0.0, abs=1e-9) if sign == 0 else slope * sign > 0.1
 
 
+@pytest.mark.parametrize("target", ["set", "teacher"])
+def test_a_token_of_the_students_that_the_teacher_finds_unlikely_is_outside(target):
+    """The student took b, which was added to {a}: nothing but {a} counts, and b is pushed down however likely it is."""
+    logits, normaliser = np.log([0.1, 0.6]), 0.0
+    own = losses.State(logits[:1], np.log([0.9]), taken=0, normaliser=normaliser)
+    both = losses.State(logits, np.log([0.9, 1e-6]), taken=1, normaliser=normaliser)
+    wanted, stats = (with_leaves(pack([losses.Episode([state], "terminal")])) for state in (own, both))
+    control = OffSupport("tail", target=target)
+    result = control(replace(stats, added_M=torch.tensor([False, True])))
+    assert float(result.loss) == pytest.approx(float(control(wanted).loss), rel=1e-12)
+    result.loss.backward()
+    slopes = gradients(stats)
+    # The whole slope of b's logit: here, and through the normaliser, in which b has its probability.
+    assert float(slopes["q_M"][1] + 0.6 * slopes["log_normaliser_N"]) > 0.5
+    assert float(control(stats).loss) < float(result.loss)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_with_the_expected_first_order_it_is_set_and_tail_forward_kl(seed):
     """−Z Σ proj_p π* log proj_p π_Q + tail = KL(teacher‖student) over set and tail + the teacher's entropy there."""

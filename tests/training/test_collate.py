@@ -61,6 +61,7 @@ def test_sets_as_stored():
         "sequence_N": [0, 0, 0, 1, 1, 1],
         "has_action_N": [True, True, True, True, True, False],
         "ends_N": [NEXT, NEXT, TERMINAL, NEXT, NEXT, TRUNCATED],
+        "added_M": [False] * 13,
         "from_student_N": [False] * 6,
         "log_prob_sampled_N": [0.0] * 6,
         "dropped_N": [False] * 6,
@@ -101,6 +102,23 @@ def test_answers_of_the_student_are_marked_and_keep_their_tokens():
     assert batch["added_N"].tolist() == [False] * 3 + [True, True, False]
     assert batch["dropped_N"].tolist() == [False, True, False] + [False] * 3
     np.testing.assert_allclose(batch["log_prob_taken_teacher_N"].exp(), [0.5, 1, 0.97, 0.2, 0.02, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("p", "scored", "added"),
+    [
+        (None, None, []),
+        (None, (0.8, None), [4]),  # {3, 7} reach 0.8 with 7; {8, 1} without 4
+        (None, (0.95, None), []),
+        (None, (0.95, 2), [4]),  # the cap
+        (0.45, (0.95, 2), [7, 4]),  # 7 is not in {3}
+    ],
+)
+def test_tokens_that_only_the_student_finds_likely_are_marked(p, scored, added):
+    own = replace(GIVEN, source="student")
+    batch = PackedCollator(pad_token_id=0, p=p, scored=scored)([SAMPLED, GIVEN, own])
+    assert batch["action_ids_M"][batch["added_M"]].tolist() == added
+    assert not batch["added_M"][: batch["offsets"][6]].any()  # of the teacher and of people nothing
 
 
 def test_transitions_outside_can_be_kept():

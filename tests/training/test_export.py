@@ -76,6 +76,13 @@ def test_the_folder_holds_weights_json_and_the_tokenizer_only(exported):
     assert [file.name for file in folder.parent.iterdir()] == ["student"]
 
 
+def test_the_configuration_is_that_of_the_start(exported, tiny_start_folder):
+    """transformers' Trainer turns the cache off, which a loop of one's own needs."""
+    found, start = (json.loads((of / "config.json").read_text()) for of in (exported[0], tiny_start_folder))
+    special = ("eos_token_id", "pad_token_id", "bos_token_id", "dtype")
+    assert {k: v for k, v in found.items() if k not in special} == {k: v for k, v in start.items() if k not in special}
+
+
 def test_the_value_head_stays_behind(exported):
     folder, _ = exported
     assert not any("value_head" in name for name in tensor_names(folder))

@@ -26,14 +26,18 @@ def train(load_start, tiny_stores, tiny_tokenizer, tiny_teacher, tiny_prompt_fil
         teacher: Any = None,
         rollouts: dict[str, Any] | None = None,
         sampling: SamplingSettings = support.TINY_SAMPLING,
+        padding_rows: int = 0,
         **changes: Any,
     ):
+        student = load_start()
+        if padding_rows:
+            student.resize_token_embeddings(len(tiny_tokenizer) + padding_rows, mean_resizing=False)
         rounds = None
         if rollouts is not None:
             chosen = RolloutSettings(**{"every": 2, "prompts_per_round": 8, "batch_size": 4, "share": 1.0, **rollouts})
             rounds = Rollouts(chosen, prompts, lambda: tiny_teacher, sampling)
         return TDistillTrainer(
-            load_start(),
+            student,
             settings(tmp_path / output, **changes),
             tiny_stores["train"],
             tiny_stores["dev"],
@@ -155,6 +159,20 @@ def test_minillm_lowers_the_reverse_kl_on_the_students_answers(train, tiny_teach
     trainer.train()
     curve = [entry["reverse_kl_student"] for entry in trainer.state.log_history if "reverse_kl_student" in entry]
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+
+
+def test_rows_that_pad_the_vocabulary_are_in_no_importance_weight(train, tiny_teacher):
+    """Before the first update the student is the policy that sampled: each weight is 1, padding or none."""
+    trainer = train(
+        teacher=tiny_teacher.model,
+        objective={"name": "minillm", "source": "teacher"},
+        rollouts={"every": 1, "replay": 0.0},
+        max_steps=1,
+        padding_rows=64,
+    )
+    trainer.train()
+    (first,) = (entry for entry in trainer.state.log_history if "importance_weight" in entry)
+    assert first["importance_weight"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_minillm_refuses_truncated_sampling(train):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +99,35 @@ def test_a_round_holds_answers_of_the_student_scored_by_the_teacher(train, rollo
             start, stop = trajectory.sets.offsets[step : step + 2]
             place = start + int(np.flatnonzero(trajectory.sets.ids[start:stop] == token)[0])
             assert trajectory.sets.log_probs[place] == pytest.approx(float(wanted[first + step, token]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_max": 1.0, "max_actions": None}, r"scored at p_max = 1.*p_max = 0\.95"),
+        ({"p_max": 0.5}, r"scored at p_max = 0\.5"),
+        ({"temperature": 0.7}, r"scored at temperature = 0\.7.*temperature = 1"),
+    ],
+)
+def test_answers_that_would_be_scored_otherwise_than_the_stores_are_refused(train, rollouts, change, message):
+    made = rollouts()
+    made.sampling = replace(made.sampling, **change)
+    with pytest.raises(ConfigError, match=message):
+        train(rollouts=made, objective=MIXTURE)
+
+
+def test_what_is_decoded_of_many_rounds_is_bounded(train, rollouts, monkeypatch):
+    made = rollouts(every=1, replay=1.0, share=1.0)
+    train(rollouts=made, objective=MIXTURE, max_steps=4).train()
+    room = max(of.store.cached_bytes for of in made._rounds)
+    monkeypatch.setattr(Store, "cache_bytes", room)
+    rng = np.random.default_rng(0)
+    answers = [made._draw(rng) for _ in range(40)]
+    assert len({str(answer.response_ids) for answer in answers}) > 8
+    assert 0 < sum(of.store.cached_bytes for of in made._rounds) <= room
+    rng = np.random.default_rng(0)
+    monkeypatch.undo()
+    assert all(np.array_equal(made._draw(rng).response_ids, answer.response_ids) for answer in answers)
 
 
 def test_rollouts_may_be_used_for_another_training(train, rollouts):
@@ -307,13 +336,22 @@ def test_a_slow_copy_computes_in_the_precision_of_the_student(train, monkeypatch
     assert set(seen) == {True}
 
 
-def test_a_slow_copy_of_weights_below_float32_would_stop_short_and_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"slow copy needs weights in float32.*trained in torch\.bfloat16"):
-        SlowCopy(tiny_llama().bfloat16(), 0.05)
+def test_a_slow_copy_leaves_frozen_weights_alone():
     quantised = tiny_llama().requires_grad_(False)
     quantised.lm_head.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
     copy = SlowCopy(quantised, 0.05)
     copy.on_step_end(None, None, None, model=quantised)  # nothing to follow, and nothing that cannot be averaged
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_one_process_writes_the_slow_copy(train, monkeypatch, tmp_path, writes):
+    monkeypatch.setitem(OBJECTIVES, "follow", Follow)
+    trainer, saved = train(objective="follow", max_steps=1), []
+    monkeypatch.setattr(trainer.slow_copy, "save", saved.append)
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self: writes))
+    (folder := tmp_path / "checkpoint-1").mkdir()
+    trainer._save(str(folder))
+    assert saved == [folder] * writes
 
 
 def test_the_slow_copy_follows_by_its_rate(train, monkeypatch):

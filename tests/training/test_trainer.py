@@ -15,7 +15,9 @@ import pytest
 import support
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from training_support import (
     ALL_PARTS,
     ONE_SGD_STEP,
@@ -49,7 +51,7 @@ from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training import Rollouts, RolloutSettings
 from tdistill.training.arguments import DEV_METRICS, TDistillConfig
-from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, last_checkpoint
+from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, keep_statistics_exact, last_checkpoint
 from tdistill.types import Trajectory
 
 BC = {"name": "iq_learn", "alpha": math.inf, "first_order": "sampled", "coordinates": "raw"}
@@ -894,6 +896,58 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_step(make_traine
         trainer.train()
     assert isinstance(NonFiniteLossError("x"), TDistillError)
     assert trainer.state.global_step == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer):
+    """A loss says so only at the next step, after the checkpoint."""
+
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                kwargs["model"].model.norm.weight.grad.fill_(math.nan)
+
+    trainer = make_trainer(callbacks=[Poison()], save_strategy="steps", save_steps=1, max_grad_norm=0.0)
+    with pytest.raises(NonFiniteLossError, match=r"norm.* is not finite after step 2.*learning_rate"):
+        trainer.train()
+    assert Path(last_checkpoint(trainer.args.output_dir)).name == "checkpoint-1"
+
+
+def test_a_student_that_would_be_trained_in_bfloat16_is_refused(make_trainer, load_start):
+    with pytest.raises(ConfigError, match=r"trained in torch\.bfloat16.*dtype='float32'"):
+        make_trainer(model=load_start().bfloat16())
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    make_trainer(model=load_start().bfloat16(), peft_config=adapter)
+
+
+def test_gradients_of_shards_add_up_in_float32():
+    plugin = SimpleNamespace(mixed_precision_policy=MixedPrecisionPolicy(*[torch.bfloat16] * 3))
+    keep_statistics_exact(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_values_are_in_float32_where_weights_are_cast(make_trainer, tiny_stores):
+    trainer = make_trainer(dev=tiny_stores["dev"])
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    disturb_value_head(trainer.model)
+    stats, _ = trainer._statistics(trainer.model.bfloat16(), batch)
+    assert stats.value_N.dtype == torch.float32 and float(stats.value_N.abs().max()) > 0
+    assert not torch.equal(stats.value_N, stats.value_N.bfloat16().float())
+
+
+def test_before_training_shards_are_not_evaluated(make_trainer, tiny_stores, monkeypatch):
+    trainer = make_trainer(dev=tiny_stores["dev"])
+    trainer.accelerator._models.clear()
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", property(lambda self: True))
+    with pytest.raises(ConfigError, match=r"FSDP2.*eval_on_start"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("metric", ["mass_outside_set", "eval_agreement_top1"])
+def test_a_best_metric_that_the_dev_store_has_not_is_refused_at_once(make_trainer, full_store, metric):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_strategy": "steps", "eval_steps": 5}
+    with pytest.raises(ConfigError, match=rf"'{metric}' is not measured.*eval_nll"):
+        make_trainer(dev=full_store, save_strategy="steps", save_steps=5, **best)
 
 
 # ---- plain text ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,10 +44,10 @@ def dense_sums(
     Returns:
         The sums, float [N], and the student's log-normaliser over those tokens, float [N], nats; at least float32.
     """
-    shared = min(len(head.weight_VD), len(teacher_head.weight_VD), num_tokens or len(head.weight_VD))
+    shared = shared_tokens(head, teacher_head, num_tokens)
     # Once for all chunks: the gradients of a matrix in bfloat16 add up in float32.
-    own = _first_tokens(head.merged(), shared).ready(hidden_ND.dtype)
-    theirs = _first_tokens(teacher_head.merged(), shared).ready(teacher_hidden_NE.dtype)
+    own = head.first(shared).ready(hidden_ND.dtype)
+    theirs = teacher_head.first(shared).ready(teacher_hidden_NE.dtype)
 
     def chunk(hidden_CD: Tensor, teacher_hidden_CE: Tensor, from_student_C: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -67,6 +66,6 @@ def dense_sums(
     return torch.cat(sums), torch.cat(normalisers)
 
 
-def _first_tokens(head: OutputHead, num_tokens: int) -> OutputHead:
-    bias = None if head.bias_V is None else head.bias_V[:num_tokens]
-    return replace(head, weight_VD=head.weight_VD[:num_tokens], bias_V=bias)
+def shared_tokens(head: OutputHead, teacher_head: OutputHead, num_tokens: int | None) -> int:
+    """How many tokens both models have; rows that pad a vocabulary are left out where the tokenizer's size is given."""
+    return min(len(head.weight_VD), len(teacher_head.weight_VD), num_tokens or len(head.weight_VD))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,8 @@ class OffSupport:
     Σ −Z log P − (1 − Z) log(1 − P),  log P = V_p(s) − L(s),  L the student's log-normaliser over the support and Z
     the teacher's covered mass.  Source: the binary part of the chain rule of KL(teacher‖student) over set and tail.
     With ``target = set``, Z is 1: the teacher that is learned is the one projected onto the set (arXiv 2505.20335, §3),
-    which never samples outside it.
+    which never samples outside it. In the student's own answers a token that is in the set for being taken alone is
+    outside, or the student's mistakes would be taken for the teacher's policy.
     Differs from the source: with ``union`` the normaliser runs over the tokens of all sets of the micro-batch; with
     ``negatives`` it is estimated from those and shared uniform draws (importance-sampled softmax).
 
@@ -56,6 +57,10 @@ class OffSupport:
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats with the normaliser of ``support``. Returns: the weighted sum over rows with an action, nats."""
+        if stats.added_M is not None:
+            # Nothing of the slot counts: neither the student's mass there nor the teacher's.
+            q_M, log_prob_M = (of.masked_fill(stats.added_M, -math.inf) for of in (stats.q_M, stats.log_prob_teacher_M))
+            stats = replace(stats, q_M=q_M, log_prob_teacher_M=log_prob_M)
         _, mass_N = returns.teacher_probs(stats)
         mass_N = mass_N.clamp(max=1.0) if self.target == "teacher" else torch.ones_like(mass_N)
         log_inside_N, log_outside_N = log_mass_inside_and_outside(stats)

@@ -133,7 +133,7 @@ class Store:
         self.path = Path(path)
         self.manifest = manifest
         self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
-        self._cached_bytes = 0
+        self.cached_bytes = 0
         self._whole: set[str] = set()
         self._numbering: tuple[int, codes.Numbering] | None = None
         self._source: Literal["teacher", "given"] = "teacher" if self.identity["mode"] == "generate" else "given"
@@ -273,10 +273,15 @@ class Store:
             return self._cache[key]
         decoded = self._read(number, group)
         self._cache[key] = decoded
-        self._cached_bytes += decoded.nbytes
-        while len(self._cache) > 1 and self._cached_bytes > self.cache_bytes:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        self.cached_bytes += decoded.nbytes
+        while len(self._cache) > 1 and self.cached_bytes > self.cache_bytes:
+            self.cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return decoded
+
+    def drop_cache(self) -> None:
+        """Forget what is decoded; it is read again when it is asked for."""
+        self._cache.clear()
+        self.cached_bytes = 0
 
     def _checked(self, entry: dict[str, Any]) -> Path:
         """File of an entry, its SHA-256 compared once: page checksums leave page headers and the footer out."""
@@ -352,7 +357,7 @@ class Store:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0, "_numbering": None}
+        return {**self.__dict__, "_cache": OrderedDict(), "cached_bytes": 0, "_numbering": None}
 
 
 def _ragged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -89,7 +90,16 @@ class HFTeacher:
             "model_type": self.model.config.model_type,
             "vocab_size": self.model.get_output_embeddings().weight.shape[0],
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self._quantization(),
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        """How the weights were rounded when they were loaded; nothing where they are as stored, or dequantised."""
+        if getattr(self.model, "hf_quantizer", None) is None:
+            return {}
+        settings: Any = self.model.config.quantization_config
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        return {"quantization": json.loads(json.dumps(settings, default=str))}
 
     @torch.inference_mode()
     def generate(
@@ -157,11 +167,8 @@ class HFTeacher:
             attention_mask=pad_sequence([torch.ones_like(r) for r in rows], True, 0).to(self.model.device),
             use_cache=False,
         ).last_hidden_state
-        head = output_head(self.model).ready(hidden_BTD.dtype)
         # Rows that pad the vocabulary stand for no token.
-        num_tokens = self.num_tokens
-        bias_V = None if head.bias_V is None else head.bias_V[:num_tokens]
-        head = replace(head, weight_VD=head.weight_VD[:num_tokens], bias_V=bias_V)
+        head = output_head(self.model).ready(hidden_BTD.dtype).first(self.num_tokens)
         trajectories = []
         for request, hidden_TD in zip(requests, hidden_BTD, strict=True):
             assert request.response_ids is not None

@@ -17,6 +17,7 @@ from tdistill.types import ActionSets, Ends, Trajectory
 STATS_FIELDS = (
     "offsets",
     "log_prob_teacher_M",
+    "added_M",
     "log_prob_taken_teacher_N",
     "teacher_log_sum_exp_N",
     "from_student_N",
@@ -50,6 +51,8 @@ class PackedCollator:
         budget: (nats, gamma), or None. Each state keeps the smallest set such that the discounted sum of −log Z along
             its trajectory stays within the nats (:func:`~tdistill.actions.budget_sizes`); instead of p.
         keep_outside: keep sampled transitions whose token is not in A_p.
+        scored: (p_max, cap) that the student's own answers were scored at: a taken token beyond those sets was added to
+            them, which off-support control is to know. None: no answers of the student, or sets that are not listed.
         text: plain text to append, or None. Which sequences is a function of the trajectories of the batch alone.
     """
 
@@ -59,6 +62,7 @@ class PackedCollator:
     text: PlainText | None = None
     seed: int = field(default=0)
     keep_outside: bool = False
+    scored: tuple[float, int | None] | None = None
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask [B, T], position_index_N into their flattened form, and packed fields."""
@@ -105,12 +109,18 @@ class PackedCollator:
         # −1 is no token: a row that takes none has none in its set.
         taken_M = np.flatnonzero(ids_M == np.where(acts_N, taken_N, -1)[row_M])
         log_prob_taken_N = np.bincount(row_M[taken_M], log_probs_M[taken_M], minlength=len(sequence_N))
+        student_N = np.array([t.source == "student" for t in trajectories])[sequence_N]
+        place_M = np.arange(len(ids_M)) - (np.cumsum(stored_N) - stored_N)[row_M]
+        added_M = np.zeros(len(ids_M), dtype=bool)
+        if self.scored is not None:
+            p_max, cap = self.scored
+            own_N = np.minimum(np.concatenate([nested_sizes(own, p_max) for own in sets]), cap or len(ids_M))
+            added_M[taken_M] = student_N[row_M[taken_M]] & (place_M[taken_M] >= own_N[row_M[taken_M]])
         dropped_N = added_N = np.zeros(len(sequence_N), dtype=bool)
         num_over_budget = 0
         if self.p is not None or self.budget is not None:
             sizes_N, num_over_budget = self._sizes(sets)
-            first_N = np.cumsum(stored_N) - stored_N
-            keep_M = np.arange(len(ids_M)) - first_N[row_M] < sizes_N[row_M]
+            keep_M = place_M < sizes_N[row_M]
             inside_N = np.zeros(len(sequence_N), dtype=bool)
             inside_N[row_M[taken_M[keep_M[taken_M]]]] = True
             # Without lists a set is the whole vocabulary, and nothing is outside.
@@ -121,9 +131,10 @@ class PackedCollator:
             if self.keep_outside:
                 dropped_N = np.zeros_like(dropped_N)
             acts_N = acts_N & ~dropped_N
+            added_M[taken_M] |= (added_N & student_N)[row_M[taken_M]]
             keep_M[taken_M[~sampled_N[row_M[taken_M]]]] = True
             stored_N = np.bincount(row_M[keep_M], minlength=len(sequence_N))
-            ids_M, log_probs_M = ids_M[keep_M], log_probs_M[keep_M]
+            ids_M, log_probs_M, added_M = ids_M[keep_M], log_probs_M[keep_M], added_M[keep_M]
         ends_N = np.full(len(sequence_N), Ends.NEXT, dtype=np.int64)
         ends_N[last_B] = [Ends.TERMINAL if t.ends == "terminal" else Ends.TRUNCATED for t in trajectories]
         first_B = np.arange(len(trajectories)) * width + [len(t.prompt_ids) - 1 for t in trajectories]
@@ -134,7 +145,8 @@ class PackedCollator:
             "log_prob_teacher_M": log_probs_M,
             "log_prob_taken_teacher_N": np.where(acts_N, log_prob_taken_N, 0.0).astype(np.float32),
             "teacher_log_sum_exp_N": np.concatenate([own.log_sum_exp for own in sets]),
-            "from_student_N": np.array([t.source == "student" for t in trajectories])[sequence_N],
+            "added_M": added_M,
+            "from_student_N": student_N,
             "log_prob_sampled_N": log_prob_sampled_N,
             "taken_N": taken_N,
             "sequence_N": sequence_N,

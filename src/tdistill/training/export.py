@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from tdistill.files import publish
 from tdistill.training.student import VALUE_HEAD
 
 # Settings that act in sampling alone, and the values that transformers accepts without it.
@@ -42,6 +43,7 @@ def export_student(
     plain: PreTrainedModel = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     if hasattr(plain, VALUE_HEAD):
         delattr(plain, VALUE_HEAD)
+    plain.config.use_cache = True  # which transformers' Trainer turns off
     plain.generation_config.eos_token_id = list(end_token_ids)
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
     _settle_sampling(plain.generation_config)
@@ -51,8 +53,7 @@ def export_student(
     tokenizer.save_pretrained(partial)
     for name, content in (extra or {}).items():
         (partial / name).write_text(content, encoding="utf-8")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
+    publish(partial, folder)
 
 
 def _settle_sampling(config: GenerationConfig) -> None:

@@ -156,6 +156,7 @@ class Rollouts:
         self.sampling, self.template, self.seed = sampling, template, settings.seed
         self._stores: dict[Path, _Round] = {}
         self._rounds: list[_Round] = []
+        self._read: list[_Round] = []  # the latest last
 
     def prepare(self, step: int, model: Any, tokenizer: Any, folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
         """Make the round that is due at a step, and open those before it.
@@ -183,7 +184,8 @@ class Rollouts:
                     )
                 log_probs = load_file(log_probs_path)["log_probs"].numpy() if self.keeps_log_probs else None
                 self._stores[path] = _Round(Store.open(path), log_probs)
-        self._rounds = [self._stores[path] for path in wanted]
+        self._stores = {path: self._stores[path] for path in wanted}
+        self._rounds = [*self._stores.values()]
 
     def mix(self, trajectories: Sequence[Trajectory], step: int, micro_batch: int, rank: int = 0) -> list[Trajectory]:
         """Put answers of the student in the place of trajectories, each with the probability of the share."""
@@ -201,7 +203,12 @@ class Rollouts:
         chosen = newest
         if earlier and rng.random() < self.settings.replay:
             chosen = earlier[int(rng.integers(len(earlier)))]
-        return chosen.answer(int(rng.integers(len(chosen.store))))
+        answer = chosen.answer(int(rng.integers(len(chosen.store))))
+        # Each store keeps what it has decoded; there may be a thousand of them.
+        self._read = [*(of for of in self._read if of is not chosen), chosen]
+        while len(self._read) > 1 and sum(of.store.cached_bytes for of in self._read) > Store.cache_bytes:
+            self._read.pop(0).store.drop_cache()
+        return answer
 
     def _path(self, folder: Path, number: int, rank: int) -> Path:
         return folder / "rollouts" / f"round-{number:05d}" / f"rank-{rank}"

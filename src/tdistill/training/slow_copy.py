@@ -11,7 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
 
-from tdistill.errors import ConfigError, RunFolderError
+from tdistill.errors import RunFolderError
 
 _FILE = "slow_copy.safetensors"
 
@@ -25,17 +25,9 @@ class SlowCopy(TrainerCallback):
     Args:
         model: student at the start of training.
         rate: τ in (0, 1].
-    Raises:
-        ConfigError: weights that are trained in less than float32, whose rounding would stop the copy short.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
-        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-        if low := [kind for kind in trained if kind.itemsize < torch.float32.itemsize]:
-            raise ConfigError(
-                f"The objective's slow copy needs weights in float32, and the student is trained in {low[0]}. Load it "
-                "with dtype='float32'; bf16: true computes in bfloat16 all the same."
-            )
         self.model, self.rate = copy.deepcopy(model).eval().requires_grad_(False), rate
 
     @torch.no_grad()

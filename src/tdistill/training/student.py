@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from tdistill.errors import UnsupportedModelError
 from tdistill.head import check_head, output_head
 from tdistill.kernels.chunked import normaliser_and_argmax, normaliser_and_pairs
-from tdistill.kernels.dense import Terms, dense_sums
+from tdistill.kernels.dense import Terms, dense_sums, shared_tokens
 from tdistill.kernels.dispatch import Support, student_statistics
 
 VALUE_HEAD = "value_head"
@@ -140,10 +141,14 @@ def attach_statistics(
             )
         value_head = getattr(self, VALUE_HEAD, None)
         if value_head is not None:
-            # In the precision of its weights: float32, unless a wrapper or the caller has changed it.
+            # In float32 at least, also where a wrapper has cast its weights: values are differences of such.
+            wide = torch.promote_types(next(value_head.parameters()).dtype, torch.float32)
+            weights = {name: parameter.to(wide) for name, parameter in value_head.named_parameters()}
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                out["value_N"] = value_head(hidden_ND.to(next(value_head.parameters()).dtype)).squeeze(-1)
+                out["value_N"] = functional_call(value_head, weights, hidden_ND.to(wide)).squeeze(-1)
         if not self.training and not for_targets:
+            if teacher is not None:  # the tokens that training normalises over
+                head = head.first(shared_tokens(head, output_head(teacher.model), teacher.num_tokens))
             out["log_normaliser_N"], out["top_N"] = normaliser_and_argmax(hidden_ND, head)
         if len(inputs["text_index_L"]) and not for_targets:
             out["text_nll"] = _text_nll(hidden[inputs["text_index_L"]], head, inputs["text_target_L"])

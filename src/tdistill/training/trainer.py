@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
 from tdistill.prompts import check_same_tokenizer, check_vocabulary, num_token_ids
 from tdistill.store import Store
+from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.batches import TokenBudgetSampler
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
@@ -46,7 +47,7 @@ _WITHOUT_EFFECT = {
 
 
 class NonFiniteLossError(TDistillError):
-    """The loss became NaN or infinite."""
+    """The loss or a weight became NaN or infinite."""
 
 
 class _EpochCallback(TrainerCallback):
@@ -152,6 +153,8 @@ class TDistillTrainer(Trainer):
                     f"{name} must be a store and is a {type(store).__name__}. Open one: Store.open(folder)."
                 )
             self._check_store(store, args, processing_class, model)
+        if rollouts is not None:
+            _check_rollouts(rollouts.sampling, train_dataset, args.p)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
         self.uses_off_support = self.objective.uses_off_support and self.off_support.kind != "none"
         if self.full_support and self.uses_off_support:
@@ -168,8 +171,14 @@ class TDistillTrainer(Trainer):
             self.support = wanted
         if self.full_support:
             check_full_support(self.objective)
-        if eval_dataset is not None and eval_dataset.p_max == 1.0 and args.metric_for_best_model == "eval_kl_set_tail":
-            args.metric_for_best_model = "eval_nll"
+        best = (args.metric_for_best_model or "").removeprefix("eval_")
+        if eval_dataset is not None and eval_dataset.p_max == 1.0 and best != "nll":
+            if best != "kl_set_tail" and args.load_best_model_at_end:
+                raise ConfigError(
+                    f"metric_for_best_model = '{args.metric_for_best_model}' is not measured on {eval_dataset.path}, "
+                    "which was captured at p_max = 1 and keeps no action sets. Use eval_nll."
+                )
+            args.metric_for_best_model = "eval_nll"  # the default is of sets
 
         if self.objective.needs_value_head and not hasattr(model, VALUE_HEAD):
             add_value_head(model)
@@ -195,7 +204,10 @@ class TDistillTrainer(Trainer):
         budget = None
         if self.objective.uses_sets and args.p_budget_nats is not None:
             budget = (args.p_budget_nats, args.p_budget_gamma)
-        self._train_collator = PackedCollator(pad, p, budget, text, args.seed, args.outside == "keep")
+        scored = None
+        if rollouts is not None and rollouts.sampling.p_max < 1.0:
+            scored = (rollouts.sampling.p_max, rollouts.sampling.max_actions)
+        self._train_collator = PackedCollator(pad, p, budget, text, args.seed, args.outside == "keep", scored)
         super().__init__(
             model=model,
             args=args,
@@ -206,6 +218,10 @@ class TDistillTrainer(Trainer):
             **kwargs,
         )
         _check_whole(getattr(self.accelerator, "parallelism_config", None))  # which may come from the launcher
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these keep weights in float32 beside
+            _check_precision(model)
+        if eval_dataset is not None:
+            self._sampler(eval_dataset, seed=None)  # which refuses a store that is too small for the processes
         if self.args.n_gpu > 1:
             raise ConfigError("DataParallel is not supported; start with `accelerate launch` or `torchrun`.")
         if (self.slow_copy or rollouts) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -423,6 +439,11 @@ class TDistillTrainer(Trainer):
         model: Any = self.model
         if self.accelerator._models:
             return
+        if getattr(self.accelerator, "is_fsdp2", False):
+            raise ConfigError(
+                "With FSDP2 weights are sharded together with their optimizer, when training begins. Evaluate after "
+                "train(), or before its first step with eval_on_start: true."
+            )
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped = self.accelerator.prepare(model)
         elif self.is_deepspeed_enabled:
@@ -459,7 +480,10 @@ class TDistillTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        _check_finite_weights(state_dict or self.model.state_dict(), self.state.global_step)  # type: ignore[union-attr]
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # transformers calls this in every process
+            return
         # The pickled arguments are not needed to resume, and nothing here writes pickles that it can avoid.
         folder = Path(str(output_dir or self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -519,11 +543,49 @@ def _check_whole(parallelism: Any) -> None:
             )
 
 
+def _check_rollouts(sampling: SamplingSettings, store: Store, p: float | None) -> None:
+    """Raise ConfigError where the student's answers would be scored otherwise than the answers of the store."""
+    stored = store.identity["sampling"]
+    least = store.p_max if p is None else p
+    if sampling.temperature != stored["temperature"]:
+        name, found, remedy = "temperature", sampling.temperature, f"{stored['temperature']:g}, the store's"
+    elif (sampling.p_max == 1.0) != (store.p_max == 1.0) or sampling.p_max < least:
+        name, found, remedy = "p_max", sampling.p_max, f"{store.p_max:g}, the store's"
+    else:
+        return
+    raise ConfigError(
+        f"The student's answers would be scored at {name} = {found:g}, and the store {store.path} is of another. Give "
+        f"the rollouts sampling with {name} = {remedy}."
+    )
+
+
+def _check_finite_weights(weights: Mapping[str, Tensor], step: int) -> None:
+    """Raise NonFiniteLossError in the place of a checkpoint that nothing can go on from."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise NonFiniteLossError(
+                f"{name} is not finite after step {step}; no checkpoint of it is written, and earlier ones are intact. "
+                "Lower learning_rate, or set max_grad_norm."
+            )
+
+
+def _check_precision(model: nn.Module) -> None:
+    """Raise ConfigError where an optimizer's steps would be lost in the rounding of the weights."""
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if low := [kind for kind in trained if kind.itemsize < torch.float32.itemsize]:
+        raise ConfigError(
+            f"The student would be trained in {low[0]}, whose rounding is larger than most steps of the optimizer. "
+            "Load it with dtype='float32'; bf16: true computes in bfloat16 all the same. The base of an adapter may "
+            "stay as it is."
+        )
+
+
 def keep_statistics_exact(plugin: Any) -> None:
-    """Take back the cast of a sharded model's outputs to the dtype of mixed precision: here they are sums."""
+    """Have a sharded model's outputs, which are sums, and its gradients, which add up, in float32."""
     policy = plugin.mixed_precision_policy
+    changes = {"output_dtype": None, "reduce_dtype": torch.float32}
     if getattr(policy, "output_dtype", None) is not None:
-        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+        plugin.mixed_precision_policy = replace(policy, **changes)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
