@@ -66,8 +66,8 @@ teacher scored. Nothing in it is temporal, and it is not the library's default, 
 and weight 1. Names of rows:
 
 - `bellman_distill`: `iq_learn` with α = ∞, at p = 0.5 unless the name has another, with the expected first-order term
-  unless it says `sampled`. A name that begins with `sampled` has off-support control `tail`, the exact mass outside the
-  sets, in place of `negatives`, draws.
+  unless it says `sampled` or `both` (their mean). A name that begins with `sampled` has off-support control `tail`, the
+  exact mass outside the sets, in place of `negatives`, draws.
 - `references`: trained on people's answers to the training prompts, else on the teacher's. `seqkd`: SFT on the latter.
 - `set`: the divergence is taken on the stored sets, with off-support control; `store`: on the sets and the mass outside
   as one token; neither: on whole distributions, with the teacher in memory.

@@ -40,6 +40,7 @@ SETTINGS: dict[str, list[dict]] = {
         {"alpha": 0.5, "coordinates": "max_set", "first_order": "expected", "gamma": 1.0, "q_floor": -0.8513},
         {"alpha": 0.1, "coordinates": "value_head", "first_order": "sampled", "gamma": 0.9},
         {"alpha": math.inf, "coordinates": "raw", "first_order": "expected"},
+        {"alpha": math.inf, "first_order": "both"},
         {"gamma": 0.0},
         *({"alpha": 0.7, "phi": phi, "steps": 2} for phi in get_args(PhiName)),
         {"alpha": 0.5, "coordinates": "raw", "first_order": "sampled", "steps": 3, "gamma": 0.9},

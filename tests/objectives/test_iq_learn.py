@@ -26,7 +26,11 @@ INF = math.inf
 GRID = [
     (coordinates, *rest, q_floor)
     for coordinates, *rest, q_floor in itertools.product(
-        ["raw", "max_set", "value_head"], ["sampled", "expected"], [0.1, 10.0, INF], [0.0, 0.7, 1.0], [None, -0.4]
+        ["raw", "max_set", "value_head"],
+        ["sampled", "expected", "both"],
+        [0.1, 10.0, INF],
+        [0.0, 0.7, 1.0],
+        [None, -0.4],
     )
     if coordinates != "value_head" or q_floor is None
 ]
@@ -303,7 +307,7 @@ def test_expected_and_sampled_first_order_have_one_expectation(coordinates, ends
     assert mean["sampled"] == pytest.approx(mean["expected"], rel=1e-10)
 
 
-@pytest.mark.parametrize("first_order", ["sampled", "expected"])
+@pytest.mark.parametrize("first_order", ["sampled", "expected", "both"])
 def test_raw_and_value_head_coincide_where_the_values_do(first_order):
     """With v = V_raw as a function of the logits, loss and gradient are those of the raw coordinates."""
     objective = {"alpha": 0.3, "gamma": 0.9, "first_order": first_order}

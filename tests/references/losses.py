@@ -133,8 +133,9 @@ def iq_learn(
                 continue
             reward = qs[t][state.taken] - gamma * following
             linear = reward
-            if first_order == "expected":
-                linear = float(projected(state.teacher_log_probs) @ (qs[t] - gamma * following))
+            if first_order != "sampled":
+                expected = float(projected(state.teacher_log_probs) @ (qs[t] - gamma * following))
+                linear = expected if first_order == "expected" else (reward + expected) / 2
             if not known:
                 objective += linear - (values[t] - gamma * following)
                 continue

@@ -43,8 +43,9 @@ class IQLearn(Objective):
         gamma: discount γ in [0, 1]. The paper: 0.99.
         coordinates: ``raw`` (Q = logits, as printed), ``max_set`` (Q = logits − their maximum over the set),
             ``value_head`` (Q = log proj_p π_Q + v with a scalar head v on the last hidden state, so V_p = v).
-        first_order: ``sampled`` (log-probability of the token taken, as printed) or ``expected``
-            (Σ_a proj_p π*(a|s) log proj_p π_Q(a|s): the same expectation, lower variance).
+        first_order: ``sampled`` (log-probability of the token taken, as printed), ``expected``
+            (Σ_a proj_p π*(a|s) log proj_p π_Q(a|s): the same expectation on the teacher's answers, lower variance) or
+            ``both``, their mean: on given answers half of each target, as hard and soft labels in arXiv 1503.02531.
         phi: the regulariser; the paper: ``chi2``.
         steps: d ≥ 1, transitions of one residual.
         student_value_weight: weight w of the student's states in the value term, (1 − w) Σ_teacher + w Σ_student of
@@ -65,7 +66,7 @@ class IQLearn(Objective):
     alpha: float = math.inf
     gamma: float = 0.99
     coordinates: Coordinates = "value_head"
-    first_order: Literal["sampled", "expected"] = "expected"
+    first_order: Literal["sampled", "expected", "both"] = "expected"
     phi: PhiName = "chi2"
     steps: int = 1
     student_value_weight: float = 0.0
@@ -97,7 +98,7 @@ class IQLearn(Objective):
     @property
     def reads_action(self) -> bool:
         """Whether it depends on the token taken."""
-        return self.first_order == "sampled" or self.alpha < math.inf or self.student_value_weight > 0
+        return self.first_order != "expected" or self.alpha < math.inf or self.student_value_weight > 0
 
     @property
     def needs_rollouts(self) -> bool:
@@ -106,7 +107,7 @@ class IQLearn(Objective):
 
     def __call__(self, stats: ActionStats) -> LossOutput:
         """Args: stats. Returns: −J, the sum over rows with an action, nats; its terms as metrics."""
-        if self.first_order == "expected" or self.coordinates == "max_set" or self.q_floor is not None:
+        if self.first_order != "sampled" or self.coordinates == "max_set" or self.q_floor is not None:
             refuse_full_support(
                 stats,
                 "iq_learn",
@@ -117,6 +118,8 @@ class IQLearn(Objective):
         count = act_N.sum()
 
         log_prob_N = q.log_prob_taken_N if self.first_order == "sampled" else expected_log_prob(stats, q)
+        if self.first_order == "both":
+            log_prob_N = (log_prob_N + q.log_prob_taken_N) / 2
         log_likelihood = masked_sum(log_prob_N, act_N)
         residual_N, known_N = returns.consistency_residual(q.log_prob_taken_N, q.value_N, stats, self.gamma, self.steps)
         known_N = known_N & act_N
