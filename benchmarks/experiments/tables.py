@@ -52,6 +52,7 @@ _NAMED = METHODS | WHOLE
 # Names in the README, where no row tells a form of the default from another.
 _SHOWN = {
     OURS: "iq_learn on scored references",
+    SET_SKEW: "reverse skewed KL on scored references",
     BUDGET: "iq_learn, expected, on scored references",
     FIRST: "iq_learn, expected, on answers",
     "start": "start, common to all",
