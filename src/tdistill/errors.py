@@ -116,6 +116,10 @@ class DomainError(TDistillError):
     exit_code = 2
 
 
+class NonFiniteLossError(TDistillError):
+    """The loss or a weight became NaN or infinite."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the known name closest to ``name``, else the list of known names.
 

@@ -36,10 +36,11 @@ from tdistill.objectives import IQLearn
 from tdistill.store import Store
 from tdistill.teachers.hf import HFTeacher
 from tdistill.teachers.loading import load_causal_lm, load_tokenizer
+from tdistill.training.checks import keep_statistics_exact
 from tdistill.training.collate import STATS_FIELDS, PackedCollator
 from tdistill.training.rollouts import Rollouts, RolloutSettings
 from tdistill.training.student import add_value_head, attach_statistics
-from tdistill.training.trainer import TDistillTrainer, keep_statistics_exact, last_checkpoint
+from tdistill.training.trainer import TDistillTrainer, last_checkpoint
 from tdistill.types import ActionStats, PromptTokens
 
 torch.set_num_threads(1)

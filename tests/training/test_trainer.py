@@ -35,11 +35,11 @@ from training_support import (
 )
 from transformers import TrainerCallback
 
-import tdistill.training.trainer as trainer_module
 from tdistill.actions import nested_sizes
 from tdistill.errors import (
     ConfigError,
     DomainError,
+    NonFiniteLossError,
     ProbabilityRangeError,
     RunFolderError,
     TDistillError,
@@ -51,7 +51,8 @@ from tdistill.store import Store
 from tdistill.teachers.base import SamplingSettings
 from tdistill.training import Rollouts, RolloutSettings
 from tdistill.training.arguments import DEV_METRICS, TDistillConfig
-from tdistill.training.trainer import NonFiniteLossError, TDistillTrainer, keep_statistics_exact, last_checkpoint
+from tdistill.training.checks import keep_statistics_exact
+from tdistill.training.trainer import TDistillTrainer, last_checkpoint
 from tdistill.types import Trajectory
 
 BC = {"name": "iq_learn", "alpha": math.inf, "first_order": "sampled", "coordinates": "raw"}
@@ -514,7 +515,7 @@ def test_weights_or_sequences_that_no_process_has_whole_are_refused(make_trainer
     for name in ("cp_size", "sp_size"):
         with pytest.raises(ConfigError, match=rf"parallelism_config\.{name} = 2 is not supported.*Leave it out"):
             make_trainer(parallelism_config=ParallelismConfig(**{name: 2}))
-    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("tdistill.training.checks.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match=r"ZeRO stage 3 is not supported.*stage 1 or 2, or FSDP2"):
         make_trainer()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,25 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tdistill.errors import ConfigError, ProbabilityRangeError, RunFolderError, TDistillError
+from tdistill.errors import ConfigError, NonFiniteLossError, ProbabilityRangeError, RunFolderError
 from tdistill.head import check_head
 from tdistill.kernels.dispatch import Support
 from tdistill.objectives import Objective, OffSupport, check_full_support
 from tdistill.prompts import check_same_tokenizer, check_vocabulary, num_token_ids
 from tdistill.store import Store
-from tdistill.teachers.base import SamplingSettings
 from tdistill.training.arguments import TDistillConfig
 from tdistill.training.batches import TokenBudgetSampler
+from tdistill.training.checks import (
+    check_finite_weights,
+    check_precision,
+    check_rollouts,
+    check_whole,
+    keep_statistics_exact,
+)
 from tdistill.training.collate import STATS_FIELDS, PackedCollator, PlainText
 from tdistill.training.metrics import MeanMeter, set_tail_kl
 from tdistill.training.rollouts import Rollouts, check_log_probs_sampled
@@ -44,10 +49,6 @@ _WITHOUT_EFFECT = {
     "compute_metrics": "the dev split's measures are those of evaluate(); override it",
     "preprocess_logits_for_metrics": "no logits are kept",
 }
-
-
-class NonFiniteLossError(TDistillError):
-    """The loss or a weight became NaN or infinite."""
 
 
 class _EpochCallback(TrainerCallback):
@@ -144,7 +145,7 @@ class TDistillTrainer(Trainer):
                 f"The objective '{self.objective.name}' with these settings compares whole distributions; give the "
                 "trainer `teacher`, or set source to store."
             )
-        _check_whole(args.parallelism_config)
+        check_whole(args.parallelism_config)
         for name, store in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if store is None:
                 continue
@@ -154,7 +155,7 @@ class TDistillTrainer(Trainer):
                 )
             self._check_store(store, args, processing_class, model)
         if rollouts is not None:
-            _check_rollouts(rollouts.sampling, train_dataset, args.p)
+            check_rollouts(rollouts.sampling, train_dataset, args.p)
         self.full_support = self.objective.uses_sets and train_dataset.p_max == 1.0
         self.uses_off_support = self.objective.uses_off_support and self.off_support.kind != "none"
         if self.full_support and self.uses_off_support:
@@ -217,9 +218,9 @@ class TDistillTrainer(Trainer):
             data_collator=self._train_collator,
             **kwargs,
         )
-        _check_whole(getattr(self.accelerator, "parallelism_config", None))  # which may come from the launcher
+        check_whole(getattr(self.accelerator, "parallelism_config", None))  # which may come from the launcher
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these keep weights in float32 beside
-            _check_precision(model)
+            check_precision(model)
         if eval_dataset is not None:
             self._sampler(eval_dataset, seed=None)  # which refuses a store that is too small for the processes
         if self.args.n_gpu > 1:
@@ -480,7 +481,9 @@ class TDistillTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        _check_finite_weights(state_dict or self.model.state_dict(), self.state.global_step)  # type: ignore[union-attr]
+        model: Any = self.model
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        check_finite_weights(state_dict or trained, self.state.global_step)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # transformers calls this in every process
             return
@@ -526,66 +529,6 @@ class TDistillTrainer(Trainer):
         terms = self.objective.terms  # type: ignore[attr-defined]
         frozen = teacher.eval().requires_grad_(False)
         return LiveTeacher(frozen, terms, None if tokenizer is None else num_token_ids(tokenizer))
-
-
-def _check_whole(parallelism: Any) -> None:
-    """Raise ConfigError where a process would hold a part of the weights or of a sequence, and nothing the whole."""
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 is not supported: the output matrix is read outside of its forward, where the "
-            "weights are not gathered. Use stage 1 or 2, or FSDP2."
-        )
-    for name in ("cp_size", "sp_size"):
-        if (getattr(parallelism, name, None) or 1) > 1:
-            raise ConfigError(
-                f"parallelism_config.{name} = {getattr(parallelism, name)} is not supported: an answer's positions are "
-                "packed on one process. Leave it out; response_tokens_per_batch bounds the memory of a micro-batch."
-            )
-
-
-def _check_rollouts(sampling: SamplingSettings, store: Store, p: float | None) -> None:
-    """Raise ConfigError where the student's answers would be scored otherwise than the answers of the store."""
-    stored = store.identity["sampling"]
-    least = store.p_max if p is None else p
-    if sampling.temperature != stored["temperature"]:
-        name, found, remedy = "temperature", sampling.temperature, f"{stored['temperature']:g}, the store's"
-    elif (sampling.p_max == 1.0) != (store.p_max == 1.0) or sampling.p_max < least:
-        name, found, remedy = "p_max", sampling.p_max, f"{store.p_max:g}, the store's"
-    else:
-        return
-    raise ConfigError(
-        f"The student's answers would be scored at {name} = {found:g}, and the store {store.path} is of another. Give "
-        f"the rollouts sampling with {name} = {remedy}."
-    )
-
-
-def _check_finite_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Raise NonFiniteLossError in the place of a checkpoint that nothing can go on from."""
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise NonFiniteLossError(
-                f"{name} is not finite after step {step}; no checkpoint of it is written, and earlier ones are intact. "
-                "Lower learning_rate, or set max_grad_norm."
-            )
-
-
-def _check_precision(model: nn.Module) -> None:
-    """Raise ConfigError where an optimizer's steps would be lost in the rounding of the weights."""
-    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if low := [kind for kind in trained if kind.itemsize < torch.float32.itemsize]:
-        raise ConfigError(
-            f"The student would be trained in {low[0]}, whose rounding is larger than most steps of the optimizer. "
-            "Load it with dtype='float32'; bf16: true computes in bfloat16 all the same. The base of an adapter may "
-            "stay as it is."
-        )
-
-
-def keep_statistics_exact(plugin: Any) -> None:
-    """Have a sharded model's outputs, which are sums, and its gradients, which add up, in float32."""
-    policy = plugin.mixed_precision_policy
-    changes = {"output_dtype": None, "reduce_dtype": torch.float32}
-    if getattr(policy, "output_dtype", None) is not None:
-        plugin.mixed_precision_policy = replace(policy, **changes)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
