@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import decoding
 import finals
+import perplexity
 import prefixes
 from plan import EXPERIMENTS, missing
 from table import comparison_section
@@ -90,6 +91,8 @@ def page() -> str:
         parts.append(decoding.section(runs / "decoding.json"))
     if exposure.is_file():
         parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
+    if (runs / "perplexity.json").is_file():
+        parts.append(perplexity.section(runs / "perplexity.json"))
     if made := [runs / f"{name}.json" for name in EXPERIMENTS if (runs / f"{name}.json").is_file()]:
         parts += [screening_section(), *map(experiment_section, made)]
     if (runs / "e1.json").is_file():
@@ -147,7 +150,7 @@ def _not_run() -> str:
                 left.setdefault(f"Objectives compared, {scale} scale (`benchmarks/objectives`)", {})[name] = seeds
     for method, _, seed, *_ in finals.missing():
         left.setdefault("Test sets (`tests`)", {}).setdefault(method, []).append(seed)
-    for name, study in {"exposure": prefixes, "decoding": decoding}.items():
+    for name, study in {"exposure": prefixes, "decoding": decoding, "perplexity": perplexity}.items():
         for method, _, seed, *_ in study.missing():
             left.setdefault(f"`{name}`", {}).setdefault(method, []).append(seed)
     lines = [

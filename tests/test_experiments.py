@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
     import decoding
     import finals
+    import perplexity
     import plan
     import prefixes
     import scores
@@ -38,8 +40,10 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(finals, "PATH", tmp_path / "tests.json")
     monkeypatch.setattr(prefixes, "PATH", tmp_path / "exposure.json")
     monkeypatch.setattr(decoding, "PATH", tmp_path / "decoding.json")
+    monkeypatch.setattr(perplexity, "PATH", tmp_path / "perplexity.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
-    yield SimpleNamespace(decoding=decoding, finals=finals, plan=plan, prefixes=prefixes, scores=scores, tables=tables)
+    yield SimpleNamespace(decoding=decoding, finals=finals, perplexity=perplexity, plan=plan, prefixes=prefixes,
+                          scores=scores, tables=tables)  # fmt: skip
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -383,6 +387,41 @@ def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypa
     own, on_teachers, excess = float(cells[3]), float(cells[4]), float(cells[5].split()[0])
     assert own > 0 and excess == pytest.approx(own / on_teachers - 1, abs=2e-3)
     assert "iq_learn on scored references" in prefixes.chart(prefixes.PATH)
+
+
+def test_perplexity_is_of_the_documents_of_the_test_split_and_of_each_student_once(modules, monkeypatch, tmp_path):
+    perplexity, plan = modules.perplexity, modules.plan
+    write_times(plan, 2.0)
+    monkeypatch.setattr(plan, "FROZEN", (plan.OURS,))
+    monkeypatch.setattr(perplexity, "NUM_DOCUMENTS", 2)
+    texts = "".join(json.dumps({"text": text}) + "\n" for text in ("a b c", "b c a b", "left out"))
+    (tmp_path / perplexity.FILE).write_text(texts)
+
+    class Words:
+        bos_token_id = 1
+
+        def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+            return {"input_ids": [2 + ord(word) - ord("a") for word in text.split()]}
+
+        def __len__(self) -> int:
+            return 8
+
+    setup = SimpleNamespace(text=tmp_path / "training.jsonl", tokenizer=Words())
+    loaded = []
+
+    def load(name: str, method: Any, seed: int, dtype: str) -> Any:
+        loaded.append((name, seed, dtype))
+        return tiny_llama(seed=seed, vocab_size=8, max_position_embeddings=512)
+
+    perplexity.run(setup, load)
+    perplexity.run(setup, load)  # goes on from the JSON
+    assert len(loaded) == len(set(loaded)) == len(plan.STUDIED_SEEDS) + 2 and perplexity.missing() == []
+    rows = json.loads(perplexity.PATH.read_text())["rows"]
+    assert all(row["num_tokens"] == [3, 4] for row in rows)
+    lines = [line.strip("| ").split(" | ") for line in perplexity.section(perplexity.PATH).splitlines()]
+    (start,) = (line for line in lines if line[0] == "start")
+    untrained = next(row for row in rows if row["method"] == "start")
+    assert start[1] == "–" and float(start[4]) == pytest.approx(math.exp(sum(untrained["nll_sum"]) / 7), abs=0.06)
 
 
 def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):

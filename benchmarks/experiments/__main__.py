@@ -7,6 +7,7 @@
     python benchmarks/experiments tests       # the test sets, once per frozen recipe; never without this name
     python benchmarks/experiments exposure    # exposure bias of the same students; never without this name
     python benchmarks/experiments decoding    # the same students at smaller top-p; never without this name
+    python benchmarks/experiments perplexity  # what they have lost of plain text; never without this name
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -29,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
 import decoding
 import finals
+import perplexity
 import prefixes
 from claims import FINE_TUNED, Claims, claims, references_of
 from plan import (
@@ -63,8 +65,8 @@ from tdistill.types import PromptTokens
 # teacher in memory (prompts not counted), and generation.
 TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 250.0, 180.0, 160.0
 TIMED_ROUNDS = 3
-# More about the students that meet the test sets, on the screening prompts.
-STUDIES = {"exposure": prefixes, "decoding": decoding}
+# More about the students that meet the test sets.
+STUDIES = {"exposure": prefixes, "decoding": decoding, "perplexity": perplexity}
 # Without these, glibc gives each large tensor back to the system and asks for it again, page by page. The methods that
 # allocate most would then cost more than they do where memory is kept, as on any GPU.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
