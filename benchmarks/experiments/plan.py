@@ -313,7 +313,7 @@ def frozen() -> dict[str, Method]:
 def studied() -> list[tuple[str, Method | None, int]]:
     """Students that are measured further, and what they come from."""
     students = [(name, method, seed) for name, method in frozen().items() for seed in STUDIED_SEEDS]
-    return [*students, ("start", None, 0), ("teacher", None, 0)]
+    return [("start", None, 0), ("teacher", None, 0), *students]
 
 
 @dataclass(frozen=True)
