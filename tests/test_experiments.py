@@ -378,7 +378,7 @@ def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypa
     ours = f"{modules.plan.OURS}, learning rate 0.0003"
     prefixes.run(setup, load)
     prefixes.run(setup, load)  # goes on from the JSON
-    assert loaded == [(ours, 1, "float32"), (ours, 2, "float32"), ("start", 0, "float32")]
+    assert loaded == [("start", 0, "float32"), (ours, 1, "float32"), (ours, 2, "float32")]
     assert prefixes.missing() == []
     curves = json.loads(prefixes.PATH.read_text())["curves"]
     assert all(len(curve["kl_own_prefixes"]) == len(curve["kl_teacher_prefixes"]) > 0 for curve in curves)
@@ -446,9 +446,9 @@ def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     decoding.run(None, load)
     assert decoding.missing() == []
     assert loaded == [
-        *((name, seed, "bfloat16") for name in (ours, other) for seed in (1, 2)),
         ("start", 0, "bfloat16"),
         ("teacher", 0, "bfloat16"),
+        *((name, seed, "bfloat16") for name in (ours, other) for seed in (1, 2)),
     ]
     lines = [line.strip("| ").split(" | ") for line in decoding.section(decoding.PATH).splitlines()]
     cells = {line[0]: line[1:] for line in lines if len(line) > 3}
