@@ -127,11 +127,11 @@ CANDIDATES[SET_SKEW] = replace(
 CANDIDATES[OURS] = Method(
     {"objective": iq(alpha=INF, first_order="sampled"), "p": 0.5, "off_support_weight": 3.0, **TOP_P}, references=True
 )
-# The temporal term on top of it; γ = 0 is its twin.
 # Half of what people wrote, half of what the teacher would; the expected term alone is nearer to the teacher's answers.
 CANDIDATES["bellman_distill, both, off-support weight 3, references"] = Method(
     {"objective": iq(alpha=INF, first_order="both"), "p": 0.5, "off_support_weight": 3.0, **TOP_P}, references=True
 )
+# The temporal term on top of the default; γ = 0 is its twin.
 _TEMPORAL = {gamma: iq(alpha=10.0, gamma=gamma, first_order="sampled") for gamma in (0.99, 0.0)}
 CANDIDATES |= {
     f"{OURS}, alpha 10, gamma {gamma:g}": replace(
