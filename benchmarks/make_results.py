@@ -64,8 +64,8 @@ The questions, and where they are answered:
 *The default* on this page is that of the experiments, `bellman_distill, sampled, off-support weight 3, references`:
 `iq_learn` with α = ∞, the sampled first-order term, p = 0.5 and an off-support weight of 3 on people's answers that the
 teacher scored. Nothing in it is temporal, and it is not the library's default, which has the expected first-order term
-and weight 1. A second one, with `both` in place of `sampled`, was taken to the test sets when the first had been. Names of
-rows:
+and weight 1. Other forms of it, with `both` and with the expected term in place of `sampled`, were taken to the test
+sets when the first had been. Names of rows:
 
 - `bellman_distill`: `iq_learn` with α = ∞, at p = 0.5 unless the name has another, with the expected first-order term
   unless it says `sampled` or `both` (their mean). A name that begins with `sampled` has off-support control `tail`, the

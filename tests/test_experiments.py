@@ -61,8 +61,6 @@ def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_ste
     # Cost 1 of the default is a row of the main table.
     assert steps == {
         "minillm, learning rate 5e-05, cost 1": 20,
-        f"{modules.plan.OURS}, learning rate 0.0003, cost 0.5": 40,
-        "minillm, learning rate 5e-05, cost 0.5": 10,
         f"{modules.plan.OURS}, learning rate 0.0003, cost 0.25": 20,
         "minillm, learning rate 5e-05, cost 0.25": 5,
         f"{modules.plan.OURS}, learning rate 0.0003, cost 2": 160,
