@@ -319,7 +319,7 @@ def frozen() -> dict[str, Method]:
 
 def studied() -> list[tuple[str, Method | None, int]]:
     """Students that are measured further, and what they come from; of the default, its first form."""
-    others = {at_cost_one(name) for name in AGAIN}
+    others = {at_cost_one(name) for name in FROZEN if name in AGAIN}
     students = [
         (name, method, seed) for name, method in frozen().items() if name not in others for seed in STUDIED_SEEDS
     ]
