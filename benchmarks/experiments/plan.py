@@ -188,10 +188,10 @@ SEARCH_STEPS = {"sft on references": 39, "seqkd": 47, "forward_kl": 32, "gkd": 2
 WITH_CAPTURE = "cost 1 with capture"
 NUM_SEEDS = 3
 # Other forms of the default: a second one, and the one before it, which has the library's own first-order term.
-AGAIN = (BOTH, BUDGET)
+OTHER_FORMS = (BOTH, BUDGET)
 # Methods whose students at equal cost meet the test sets. Nothing is changed after that. The other forms came when the
 # methods before them had.
-FROZEN: tuple[str, ...] = (OURS, "sft on references", "seqkd", "forward_kl, references", SET_SKEW, *AGAIN)
+FROZEN: tuple[str, ...] = (OURS, "sft on references", "seqkd", "forward_kl, references", SET_SKEW, *OTHER_FORMS)
 # Training seeds of the frozen methods' students that are measured further. With seed 0, that of SeqKD went through the
 # start's batches again.
 STUDIED_SEEDS = (1, 2)
@@ -319,7 +319,7 @@ def frozen() -> dict[str, Method]:
 
 def studied() -> list[tuple[str, Method | None, int]]:
     """Students that are measured further, and what they come from; of the default, its first form."""
-    others = {at_cost_one(name) for name in FROZEN if name in AGAIN}
+    others = {at_cost_one(name) for name in FROZEN if name in OTHER_FORMS}
     students = [
         (name, method, seed) for name, method in frozen().items() if name not in others for seed in STUDIED_SEEDS
     ]

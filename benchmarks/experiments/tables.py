@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from claims import Claims
 from plan import (
-    AGAIN,
     BASE,
     BOTH,
     BUDGET,
@@ -24,6 +23,7 @@ from plan import (
     FROZEN,
     MAIN,
     METHODS,
+    OTHER_FORMS,
     OURS,
     SET_SKEW,
     START_OF_TESTS,
@@ -287,10 +287,10 @@ def tests_section(path: Path) -> str:
         "training seeds where there are several: over three trainings a rough guide, which does not cover another "
         "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
-        f"rounded to it but for those of {'; '.join((SET_SKEW, *AGAIN))}, which are float32. ²: see the tables of the "
-        "screening prompts. Size and speed are those of the models in float32, one answer at a time on two CPU cores. "
-        f"Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of the screening "
-        "prompts.",
+        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS))}, which are float32. ²: see the tables "
+        "of the screening prompts. Size and speed are those of the models in float32, one answer at a time on two CPU "
+        f"cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of the "
+        "screening prompts.",
         "",
         markdown(scores),
         "",
