@@ -18,6 +18,7 @@ from tdistill.reports.tables import markdown_table, results_section
 
 sys.path.insert(0, str(Path(__file__).parent / "objectives"))
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import accuracy
 import decoding
 import finals
 import perplexity
@@ -94,6 +95,8 @@ def page() -> str:
         parts.append(prefixes.section(exposure, f"{FIGURES.name}/exposure.svg"))
     if (runs / "perplexity.json").is_file():
         parts.append(perplexity.section(runs / "perplexity.json"))
+    if (runs / "accuracy.json").is_file():
+        parts.append(accuracy.section(runs / "accuracy.json"))
     if made := [runs / f"{name}.json" for name in EXPERIMENTS if (runs / f"{name}.json").is_file()]:
         parts += [screening_section(), *map(experiment_section, made)]
     if (runs / "e1.json").is_file():
@@ -130,9 +133,8 @@ def page() -> str:
 
 # What the library measures and no experiment asks for, and why.
 _NOT_PLANNED = (
-    "Not planned: win rates by a judge and accuracy on GSM8K through lm-eval, for which there is neither a judge nor "
-    "lm-eval where the experiments run (E9 measures Rouge-L), and GKD, MiniLLM and forward KL on the teacher's answers "
-    "on the test sets, where nothing is known of them."
+    "Not planned: win rates by a judge, as there is none where the experiments run; right answers of E9's students; "
+    "and GKD, MiniLLM and forward KL on the teacher's answers on the test sets, where nothing is known of them."
 )
 
 
@@ -151,7 +153,8 @@ def _not_run() -> str:
                 left.setdefault(f"Objectives compared, {scale} scale (`benchmarks/objectives`)", {})[name] = seeds
     for method, _, seed, *_ in finals.missing():
         left.setdefault("Test sets (`tests`)", {}).setdefault(method, []).append(seed)
-    for name, study in {"exposure": prefixes, "decoding": decoding, "perplexity": perplexity}.items():
+    studies = {"exposure": prefixes, "decoding": decoding, "perplexity": perplexity, "accuracy": accuracy}
+    for name, study in studies.items():
         for method, _, seed, *_ in study.missing():
             left.setdefault(f"`{name}`", {}).setdefault(method, []).append(seed)
     lines = [

@@ -16,6 +16,7 @@ import pytest
 from builders import tiny_llama
 
 from tdistill.evaluation.divergence import divergences
+from tdistill.prompts.read import Record
 from tdistill.types import ActionSets, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(ROOT)
     for folder in ("objectives", "experiments"):
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
+    import accuracy
     import decoding
     import finals
     import perplexity
@@ -41,9 +43,10 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(prefixes, "PATH", tmp_path / "exposure.json")
     monkeypatch.setattr(decoding, "PATH", tmp_path / "decoding.json")
     monkeypatch.setattr(perplexity, "PATH", tmp_path / "perplexity.json")
+    monkeypatch.setattr(accuracy, "PATH", tmp_path / "accuracy.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
-    yield SimpleNamespace(decoding=decoding, finals=finals, perplexity=perplexity, plan=plan, prefixes=prefixes,
-                          scores=scores, tables=tables)  # fmt: skip
+    yield SimpleNamespace(accuracy=accuracy, decoding=decoding, finals=finals, perplexity=perplexity, plan=plan,
+                          prefixes=prefixes, scores=scores, tables=tables)  # fmt: skip
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -422,6 +425,35 @@ def test_perplexity_is_of_the_documents_of_the_test_split_and_of_each_student_on
     (start,) = (line for line in lines if line[0] == "start")
     untrained = next(row for row in rows if row["method"] == "start")
     assert start[1] == "–" and float(start[4]) == pytest.approx(math.exp(sum(untrained["nll_sum"]) / 7), abs=0.06)
+
+
+def test_right_answers_are_marked_of_screening_prompts_after_solved_training_prompts(modules, monkeypatch):
+    accuracy = modules.accuracy
+    records = {
+        "train": [Record("t", ({"role": "user", "content": "1 + 1?"},), ("2\n#### 2",))],
+        "held_out": [
+            Record(f"h{i}", ({"role": "user", "content": f"{i} + 1?"},), (f"#### {i + 1}",)) for i in range(4)
+        ],
+    }
+    setup = SimpleNamespace(name="gsm8k", tokenizer=None, run=SimpleNamespace(records=records.get),
+                            stores={"train": SimpleNamespace(end_token_ids=(2,))})  # fmt: skip
+    asked = []
+
+    def run_task(model: str, tokenizer: Any, name: str, settings: Any, *, end_token_ids: Any) -> np.ndarray:
+        files = (settings.data, settings.fewshot_data)
+        questions, solved = ([json.loads(line) for line in Path(of).read_text().splitlines()] for of in files)
+        assert (solved, end_token_ids) == ([{"question": "1 + 1?", "answer": "2\n#### 2"}], (2,))
+        asked.append((model, [of["question"] for of in questions]))
+        return np.array([0.0, float(model == "teacher"), 0.0, 0.0])
+
+    monkeypatch.setattr(accuracy, "run_task", run_task)
+    for _ in range(2):  # goes on from the JSON
+        accuracy.run(setup, lambda name, *_: name)
+    questions = ["0 + 1?", "1 + 1?", "2 + 1?", "3 + 1?"]
+    assert asked == [("teacher", questions), ("start", questions)] and accuracy.missing() == []
+    lines = accuracy.section(accuracy.PATH).splitlines()
+    assert "| teacher | 4 | 1 | 0.2500 [0.0063, 0.8059] |" in lines
+    assert "| start | 4 | 0 | 0.0000 [0.0000, 0.6024] |" in lines
 
 
 def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):

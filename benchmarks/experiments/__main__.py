@@ -8,6 +8,7 @@
     python benchmarks/experiments exposure    # exposure bias of the same students; never without this name
     python benchmarks/experiments decoding    # the same students at smaller top-p; never without this name
     python benchmarks/experiments perplexity  # what they have lost of plain text; never without this name
+    python benchmarks/experiments accuracy    # right answers to GSM8K, with lm-eval; never without this name
 
 Reads the data from TDISTILL_DATA, keeps what it makes in runs/experiments, and goes on from the JSON already there.
 """
@@ -21,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
+import accuracy
 import decoding
 import finals
 import perplexity
@@ -37,6 +40,7 @@ from plan import (
     BASE,
     BUDGET,
     EXPERIMENTS,
+    GSM8K,
     METHODS,
     NUM_SEEDS,
     RESULTS,
@@ -65,8 +69,9 @@ from tdistill.types import PromptTokens
 # teacher in memory (prompts not counted), and generation.
 TRAINED_PER_S, TRAINED_LIVE_PER_S, GENERATED_PER_S = 250.0, 180.0, 160.0
 TIMED_ROUNDS = 3
-# More about the students that meet the test sets.
-STUDIES = {"exposure": prefixes, "decoding": decoding, "perplexity": perplexity}
+# More about the students that meet the test sets, and about the models of E9; and the setup of each.
+STUDIES = {"exposure": (prefixes, BASE), "decoding": (decoding, BASE), "perplexity": (perplexity, BASE),
+           "accuracy": (accuracy, GSM8K)}  # fmt: skip
 # Without these, glibc gives each large tensor back to the system and asks for it again, page by page. The methods that
 # allocate most would then cost more than they do where memory is kept, as on any GPU.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
@@ -106,7 +111,7 @@ class Experiments:
         started, setup = time.perf_counter(), self.setup(what)
         trainer, measured_times = self.train(what, method, seed)
         if what == BASE and name in frozen():
-            self.keep(trainer.model, self.student_folder(name, method, seed))
+            self.keep(trainer.model, self.student_folder(what, name, method, seed))
         curve = [entry for entry in trainer.state.log_history if "eval_kl_set_tail" in entry]
         dev = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
         model = trainer.model.eval()
@@ -124,21 +129,21 @@ class Experiments:
             "seconds": time.perf_counter() - started,
         }
 
-    def load(self, name: str, method: Method | None, seed: int, dtype: str) -> Any:
-        """The teacher, the healed start or a student of the base, which is trained once and kept."""
+    def load(self, what: Claims, name: str, method: Method | None, seed: int, dtype: str) -> Any:
+        """The teacher, the healed start or a student of a setup, which is trained once and kept."""
         if name == "teacher":
-            return copy.deepcopy(self.setup(BASE).teacher.model).to(getattr(torch, dtype))
-        folder = self.healed(BASE)
+            return copy.deepcopy(self.setup(what).teacher.model).to(getattr(torch, dtype))
+        folder = self.healed(what)
         if method is not None:
-            folder = self.student_folder(name, method, seed)
+            folder = self.student_folder(what, name, method, seed)
             if not folder.is_dir():
-                self.keep(self.train(BASE, method, seed)[0].model, folder)
+                self.keep(self.train(what, method, seed)[0].model, folder)
         return load_causal_lm(folder, dtype=dtype)
 
-    def student_folder(self, name: str, method: Method, seed: int) -> Path:
+    def student_folder(self, what: Claims, name: str, method: Method, seed: int) -> Path:
         """Folder of a student that meets the test sets; another recipe of the same name has another."""
         parts = [name.replace(" ", "-").replace(",", ""), finals.recipe_digest(method), str(seed)]
-        return self.work / "claims" / BASE.name / "students" / "-".join(parts)
+        return self.work / "claims" / what.name / "students" / "-".join(parts)
 
     def keep(self, model: Any, folder: Path) -> None:
         """Write a student, whole or not at all."""
@@ -289,7 +294,7 @@ def main() -> None:
     if looks:
         print(f"tests: {looks} looks left, a minute each and three for each student to train", flush=True)
     for name in studies:
-        print(f"{name}: {len(STUDIES[name].missing())} rows left, a minute or three each", flush=True)
+        print(f"{name}: {len(STUDIES[name][0].missing())} rows left, a minute or three each", flush=True)
     if options.estimate:
         return
     if options.data is None:
@@ -299,9 +304,9 @@ def main() -> None:
         measure_times(experiments)
         return
     if looks:
-        finals.run(experiments.setup(BASE), experiments.data, experiments.load)
-    for name in studies:
-        STUDIES[name].run(experiments.setup(BASE), experiments.load)
+        finals.run(experiments.setup(BASE), experiments.data, partial(experiments.load, BASE))
+    for study, what in (STUDIES[name] for name in studies):
+        study.run(experiments.setup(what), partial(experiments.load, what))
     for name in names:
         for what, key, method, seed in missing(name, options.only):
             row = experiments.untrained(what, key) if method is None else experiments.run(what, key, method, seed)

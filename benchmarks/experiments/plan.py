@@ -348,6 +348,7 @@ class Experiment:
 
 
 BASE = Claims()
+GSM8K = replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl", dev="train/gsm8k_train.jsonl")
 _SIZES = (OURS, "sft on references", "seqkd", "forward_kl")
 _TWO_TEACHERS = (FIRST, *_SIZES)
 EXPERIMENTS: dict[str, Experiment] = {
@@ -393,13 +394,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "e9": Experiment(
         "GSM8K prompts",
-        {
-            replace(BASE, name="gsm8k", train="train/gsm8k_train.jsonl", dev="train/gsm8k_train.jsonl"): chosen(
-                *_TWO_TEACHERS
-            )
-        },
+        {GSM8K: chosen(*_TWO_TEACHERS)},
         "Other prompts, at the learning rates chosen on Dolly. References are whole solutions, of which an answer of "
-        "64 tokens is a part; what is measured is Rouge-L, not whether the result is right. The screening prompts are "
+        "64 tokens is a part; what is measured is Rouge-L, not whether the result is right (of teacher and start: "
+        '"Right answers to GSM8K"). The screening prompts are '
         "200 others of the same file; nothing was chosen on them.",
     ),
     "e10": Experiment(
