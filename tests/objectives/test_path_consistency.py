@@ -16,6 +16,7 @@ from references.losses import Episode, State, projected
 from tdistill.errors import DomainError
 from tdistill.objectives import IQLearn, check_full_support
 from tdistill.objectives.path_consistency import PathConsistency
+from tdistill.objectives.reverse_kl import ReverseKL
 
 GRID = [
     dict(zip(("first_order", "value", "states", "steps", "gamma", "weight", "student_weight"), row, strict=True))
@@ -97,6 +98,27 @@ def test_the_value_is_the_divergence_still_to_come(whose):
     # What arrives has mean 0, so the root's value is the discounted sum of the divergences exactly.
     assert found[0] == pytest.approx(gap[0] + gamma * float(actor[0] @ gap[1:]), abs=1e-9)
     assert np.sign(found[0]) == (1 if whose == "teacher" else -1)
+
+
+@pytest.mark.parametrize("value", [-1.5, 0.0, 2.0])
+def test_at_gamma_0_the_students_own_tokens_of_a_set_descend_reverse_kl(value):
+    """Every token of a set, weighted by how likely the student is to take it: twice the gradient, whatever v is."""
+    (episode, *_) = random_episodes(6)
+    own = max(episode.states, key=lambda s: len(s.logits))
+
+    def gradient(objective, taken):
+        leaves = with_leaves(pack([Episode([replace(own, taken=taken, value_head=value)], "terminal")]))
+        objective(leaves).loss.backward()
+        found = gradients(leaves)
+        of_set = found["q_M"].numpy().copy()
+        of_set[taken] += float(found["q_taken_N"])
+        return of_set
+
+    student = projected(own.logits)
+    squares = PathConsistency(weight=1.0, gamma=0.0, first_order="none")
+    found = sum(prob * gradient(squares, taken) for taken, prob in enumerate(student))
+    wanted = 2 * gradient(ReverseKL(source="set"), 0)
+    assert np.abs(wanted).max() > 1e-3 and found == pytest.approx(wanted, abs=1e-12)
 
 
 def test_without_residuals_it_is_behaviour_cloning_on_the_sets():
