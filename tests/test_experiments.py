@@ -170,6 +170,8 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
         for method, less, trainings in (
             (f"{modules.plan.OURS}, cost 1", 0.0, 3),
             ("seqkd, cost 1", 0.01, 3),
+            ("sft on references, cost 1", 1.0, 3),
+            ("forward_kl, references, cost 1", 0.5 if test_set == "dolly" else 0.0, 3),
             ("teacher", 0, 1),
         ):
             rows += [
@@ -180,14 +182,14 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     path = tmp_path / "tests.json"
     rows.append(look("seqkd, cost 1", 3, "dolly", 0, "", [9.0] * 60))  # a training that is not done with is left out
     path.write_text(json.dumps({"dtype": "bfloat16", "rows": rows}))
-    write_times(modules.plan, 2.0, seqkd=1.0)
+    write_times(modules.plan, 2.0, seqkd=1.0, **{"sft on references": 1.0, "forward_kl, references": 2.0})
     times = modules.plan.RESULTS / "times.json"
     scored = {"response_tokens": 512, "seconds": 1.0, "all_response_tokens": 51200}
     times.write_text(json.dumps(json.loads(times.read_text()) | {"scored": scored}))
     screening = {"kl_sum": [3.0, 1.0], "num_tokens": [1, 1]}
+    steps = {modules.plan.OURS: 80, "seqkd": 95, "sft on references": 68, "forward_kl, references": 45}
     trained = [
-        {"method": of, "seed": 0, "steps": steps, "screening": screening}
-        for of, steps in ((f"{modules.plan.OURS}, cost 1", 80), ("seqkd, cost 1", 95))
+        {"method": f"{of}, cost 1", "seed": 0, "steps": number, "screening": screening} for of, number in steps.items()
     ]
     (tmp_path / "e8.json").write_text(json.dumps({"rows": trained}))
     lines = [
@@ -196,21 +198,26 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
         if line.startswith("|")
     ]
     name = f"{modules.plan.OURS}, cost 1"
-    (ours,), (scores, less) = ([line for line in lines if line[0] == of] for of in (name, "seqkd, cost 1"))
+    (ours, not_less), (scores, less), (_, far) = (
+        [line for line in lines if line[0] == of] for of in (name, "seqkd, cost 1", "sft on references, cost 1")
+    )
     means = [float(ours[i].split()[0].strip("*")) for i in (6, 7, 8)]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
     # Seed 0 of SeqKD has no order of its own, and the default reads nothing that the start was healed on.
     assert ours[1:6] == ["3", "–", "80", "160", "240"] and scores[1:6] == ["3²", "vocabulary", "95", "95", "95"]
     assert ours[6].startswith("**")  # a student with three trainings, and no other is better
     # Every training and prompt is 0.01 lower; what differs between draws is which trainings are drawn.
-    assert [cell.split()[0] for cell in less[1:]] == ["-0.0100"] * 3
+    assert [cell.split()[0] for cell in less[1:4]] == ["-0.0100"] * 3
+    # Of forward KL nothing is said: it is lower on one set alone.
+    assert [line[-1] for line in (not_less, less, far)] == ["sft on references", "sft on references", "none"]
     low, high = (float(end.strip("[],")) for end in less[3].split()[1:])
     assert low < -0.01 < high
     short = [line.strip("| ").split(" | ") for line in modules.tables.test_scores(path).splitlines()]
-    assert [line[0] for line in short[2:]] == ["iq_learn on scored references", "teacher", "seqkd"]
+    names = ["iq_learn on scored references", "teacher", "seqkd", "forward_kl, references", "sft on references"]
+    assert [line[0] for line in short[2:]] == names
     assert short[0][-5] == "mean less that of iq_learn on scored references"
-    assert short[-1][1:7] == ["3²", *scores[6:9], less[3], scores[9]]
-    assert short[-1][7] == "2.00"  # KL on the dev prompts
+    assert short[-3][1:7] == ["3²", *scores[6:9], less[3], scores[9]]
+    assert short[-3][7] == "2.00"  # KL on the dev prompts
     assert modules.tables.test_scores(tmp_path / "none.json") == ""
 
 

@@ -267,15 +267,14 @@ def tests_section(path: Path) -> str:
         return ""
     seeds = sorted({row["sampling_seed"] for row in content["rows"]})
     sets = {row["set"]: len(row["rouge_l"]) for row in content["rows"]}
-    num_sets = len(sets) + 1
     scores = [["", "seeds", "needs", *_COST_HEAD, *sets, "mean", "share of the teacher's", "distinct-2",
                "parameters, M", "tokens/s"]]  # fmt: skip
     scores += [
         [row.name, row.seeds, _needs(row.name), *row.costs, *row.scores, row.share, row.distinct, *row.size]
         for row in rows
     ]
-    less = [["", *(f"{name} less the default's" for name in [*sets, "mean"])]]
-    less += [[row.name, *row.less] for row in rows if row.less != ["–"] * num_sets]
+    less = [["", *(f"{name} less the default's" for name in [*sets, "mean"]), "separated above, on each set"]]
+    less += [[row.name, *row.less, row.above] for row in rows]
     parts = [
         "## Test sets, equal cost",
         "",
@@ -358,13 +357,17 @@ def not_better_section(main: Path) -> str:
 
 @dataclass(frozen=True)
 class _TestRow:
-    """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest."""
+    """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest.
+
+    ``above``: what it is separated above, on each set and in the mean.
+    """
 
     name: str
     seeds: str
     costs: list[str]
     scores: list[str]
     less: list[str]
+    above: str
     share: str
     distinct: str
     size: list[str]
@@ -399,10 +402,17 @@ def _test_rows(path: Path) -> list[_TestRow]:
     found = []
     for method in sorted(methods, key=lambda method: -points[method][-1]):
         cells: dict[str, list[str]] = {"": [], "+": []}
+        gaps = {
+            other: [
+                percentile_interval(float(points[method][i] - points[other][i]), of - drawn[other][i], _LEVEL)
+                for i, of in enumerate(drawn[method])
+            ]
+            for other in methods
+        }
+        below = [name for name, gap in gaps.items() if all(of.low and of.low > 0 for of in gap)]
         for sign, of in cells.items():
             for i, column in enumerate(marks):
-                less = (points[ours][i], drawn[ours][i]) if sign else (0.0, 0.0)
-                shown = percentile_interval(float(points[method][i] - less[0]), drawn[method][i] - less[1], _LEVEL)
+                shown = gaps[ours][i] if sign else percentile_interval(points[method][i], drawn[method][i], _LEVEL)
                 form = "{}" if sign else column.get(method, "{}")
                 of.append("–" if sign and method == ours else form.format(with_interval(shown, sign)))
         share = "–"
@@ -420,6 +430,7 @@ def _test_rows(path: Path) -> list[_TestRow]:
                 _costs(mine[0]),
                 cells[""],
                 cells["+"],
+                "; ".join(name if name in UNTRAINED else _method_of(name) for name in below) or "none",
                 share,
                 f"{np.mean(bigrams):.2f}" if bigrams else "–",
                 size or ["–", "–"],
