@@ -23,18 +23,11 @@ import decoding
 import finals
 import perplexity
 import prefixes
+from final_tables import paper_section, test_scores, tests_section
 from plan import EXPERIMENTS, missing
+from rows import markdown
 from table import comparison_section
-from tables import (
-    cost_figure,
-    experiment_section,
-    markdown,
-    not_better_section,
-    paper_section,
-    screening_section,
-    test_scores,
-    tests_section,
-)
+from tables import cost_figure, experiment_section, not_better_section, screening_section
 from variants import VARIANTS
 
 RESULTS = Path("benchmarks/results")

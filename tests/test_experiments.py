@@ -31,10 +31,12 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
     import accuracy
     import decoding
+    import final_tables
     import finals
     import perplexity
     import plan
     import prefixes
+    import rows
     import scores
     import tables
 
@@ -45,8 +47,9 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(perplexity, "PATH", tmp_path / "perplexity.json")
     monkeypatch.setattr(accuracy, "PATH", tmp_path / "accuracy.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
-    yield SimpleNamespace(accuracy=accuracy, decoding=decoding, finals=finals, perplexity=perplexity, plan=plan,
-                          prefixes=prefixes, scores=scores, tables=tables)  # fmt: skip
+    yield SimpleNamespace(accuracy=accuracy, decoding=decoding, final_tables=final_tables, finals=finals,
+                          perplexity=perplexity, plan=plan, prefixes=prefixes, rows=rows, scores=scores,
+                          tables=tables)  # fmt: skip
     for name in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -194,7 +197,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     (tmp_path / "e8.json").write_text(json.dumps({"rows": trained}))
     lines = [
         line.strip("| ").split(" | ")
-        for line in modules.tables.tests_section(path).splitlines()
+        for line in modules.final_tables.tests_section(path).splitlines()
         if line.startswith("|")
     ]
     name = f"{modules.plan.OURS}, cost 1"
@@ -212,13 +215,13 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert [line[-1] for line in (not_less, less, far)] == ["sft on references", "sft on references", "none"]
     low, high = (float(end.strip("[],")) for end in less[3].split()[1:])
     assert low < -0.01 < high
-    short = [line.strip("| ").split(" | ") for line in modules.tables.test_scores(path).splitlines()]
+    short = [line.strip("| ").split(" | ") for line in modules.final_tables.test_scores(path).splitlines()]
     names = ["iq_learn on scored references", "teacher", "seqkd", "forward_kl, references", "sft on references"]
     assert [line[0] for line in short[2:]] == names
     assert short[0][-5] == "mean less that of iq_learn on scored references"
     assert short[-3][1:7] == ["3²", *scores[6:9], less[3], scores[9]]
     assert short[-3][7] == "2.00"  # KL on the dev prompts
-    assert modules.tables.test_scores(tmp_path / "none.json") == ""
+    assert modules.final_tables.test_scores(tmp_path / "none.json") == ""
 
 
 def test_what_comes_before_the_first_step_is_in_its_time(modules, tmp_path):
@@ -261,7 +264,7 @@ def test_a_row_of_one_training_is_not_compared_with_the_best(modules):
         chosen = {name: values[name] for name in names}
         draws = dict(zip(chosen, resample(list(chosen.values()), 0), strict=True))
         points = {name: of.value for name, of in chosen.items()}
-        return modules.tables._marks(points, {name: len(of.sums_RPS) for name, of in chosen.items()}, draws, more=True)
+        return modules.rows.marks_of(points, {name: len(of.sums_RPS) for name, of in chosen.items()}, draws, more=True)
 
     compared = tuple(name for name in values if name != "one")
     assert marks(compared) == {"best": "**{}**", "near": "≈ {}"}
@@ -341,7 +344,7 @@ def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
     ]
     (tmp_path / "tests.json").write_text(json.dumps({"rows": rows}))
     paper = ROOT / "benchmarks" / "results" / "experiments" / "paper.json"
-    lines = modules.tables.paper_section(paper, tmp_path / "tests.json").splitlines()
+    lines = modules.final_tables.paper_section(paper, tmp_path / "tests.json").splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ") for line in lines if line.startswith("|")}
     assert cells["Bellman Distill"][1:] == ["24.7 / 13.3 / 16.2", "25.1 / 11.4 / 14.8", "27.8 / 19.5 / 20.7", "–"]
     assert cells["iq_learn on scored references, not in the paper"][1:] == ["–", "–", "–", "21.0 / 21.0 / 21.0"]

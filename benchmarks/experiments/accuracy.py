@@ -14,9 +14,9 @@ from typing import Any
 
 from finals import Load
 from plan import RESULTS, Method
+from rows import markdown, with_interval
 from scipy.stats import binomtest
 from setups import Setup
-from tables import markdown, with_interval
 
 from tdistill.evaluation.tasks import TaskSettings, run_task
 from tdistill.files import write_atomically

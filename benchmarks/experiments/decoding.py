@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from finals import DTYPE, Load
 from plan import BASE, OURS, RESULTS, SCREENING_SEEDS, Method, studied
+from rows import UNTRAINED, markdown, short_name, with_interval
 from scores import TOP_P, screened_answers
 from setups import Setup
-from tables import UNTRAINED, markdown, short_name, with_interval
 
 from tdistill.files import write_atomically
 from tdistill.resampling import Measured, percentile_interval, resample

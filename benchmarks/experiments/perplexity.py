@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from finals import Load
 from plan import BASE, RESULTS, Method, studied
+from rows import UNTRAINED, markdown, with_interval
 from setups import Setup
-from tables import UNTRAINED, markdown, with_interval
 
 from tdistill.evaluation.perplexity import text_losses, tokenize_documents
 from tdistill.files import write_atomically

@@ -14,9 +14,9 @@ from typing import Any
 
 from finals import Load
 from plan import BASE, RESULTS, SCREENING_SEEDS, Method, studied
+from rows import UNTRAINED, markdown, short_name
 from scores import TOP_P
 from setups import Setup
-from tables import UNTRAINED, markdown, short_name
 
 from tdistill.evaluation.exposure import PositionSums, exposure, kl_by_position
 from tdistill.evaluation.generation import sample_answers
