@@ -47,6 +47,7 @@ def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(perplexity, "PATH", tmp_path / "perplexity.json")
     monkeypatch.setattr(accuracy, "PATH", tmp_path / "accuracy.json")
     monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "minillm": 5e-5})
+    monkeypatch.setattr(plan, "FROZEN_WITH_CAPTURE", ())
     yield SimpleNamespace(accuracy=accuracy, decoding=decoding, final_tables=final_tables, finals=finals,
                           perplexity=perplexity, plan=plan, prefixes=prefixes, rows=rows, scores=scores,
                           tables=tables)  # fmt: skip

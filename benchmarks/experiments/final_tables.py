@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from plan import (
     FROZEN,
+    FROZEN_WITH_CAPTURE,
     METHODS,
     OTHER_FORMS,
     OURS,
     SET_SKEW,
     STEPS,
+    WITH_CAPTURE,
     asked_s,
     at_cost_one,
     frozen,
@@ -33,7 +35,7 @@ from rows import (
     markdown,
     marks_of,
     measured,
-    method_of,
+    method_shown,
     needs_of,
     seeds_of,
     short_name,
@@ -56,6 +58,7 @@ def tests_section(path: Path) -> str:
         [row.name, row.seeds, needs_of(row.name), *row.costs, *row.scores, row.share, row.distinct, *row.size]
         for row in rows
     ]
+    counted = [f"{name}, {WITH_CAPTURE}" for name in FROZEN_WITH_CAPTURE]
     less = [["", *(f"{name} less the default's" for name in [*sets, "mean"]), "separated above, on each set"]]
     less += [[row.name, *row.less, row.above] for row in rows]
     parts = [
@@ -69,8 +72,8 @@ def tests_section(path: Path) -> str:
         "training seeds where there are several: over three trainings a rough guide, which does not cover another "
         "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
-        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS))}, which are float32. ²: see the tables "
-        "of the screening prompts. Size and speed are those of the models in float32, one answer at a time on two CPU "
+        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *counted))}, which are float32. ²: see the "
+        "tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time on two CPU "
         f"cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of the "
         "screening prompts.",
         "",
@@ -187,7 +190,7 @@ def _test_rows(path: Path) -> list[_TestRow]:
                 costs_of(mine[0]),
                 cells[""],
                 cells["+"],
-                "; ".join(name if name in UNTRAINED else method_of(name) for name in below) or "none",
+                "; ".join(map(method_shown, below)) or "none",
                 share,
                 f"{np.mean(bigrams):.2f}" if bigrams else "–",
                 size or ["–", "–"],

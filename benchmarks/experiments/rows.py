@@ -18,6 +18,7 @@ from plan import (
     SET_SKEW,
     START_OF_TESTS,
     WHOLE,
+    WITH_CAPTURE,
     asked_s,
     at_rate,
     times,
@@ -65,9 +66,16 @@ def measured(rows: Rows, metric: str) -> Measured:
 
 
 def short_name(row: str) -> str:
-    """Name of a row where it is the only one of its method."""
-    name = row if row in UNTRAINED else method_of(row)
+    """Name of a row in the README, where it is the only one of its method at its budget."""
+    name = method_shown(row)
     return SHOWN.get(name, name)
+
+
+def method_shown(row: str) -> str:
+    """Name of a row of equal cost without its learning rate."""
+    if row in UNTRAINED:
+        return row
+    return method_of(row) + (f", {WITH_CAPTURE}" if row.endswith(WITH_CAPTURE) else "")
 
 
 def method_of(row: str) -> str:
