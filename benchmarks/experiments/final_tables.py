@@ -72,10 +72,10 @@ def tests_section(path: Path) -> str:
         "training seeds where there are several: over three trainings a rough guide, which does not cover another "
         "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
-        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *counted))}, which are float32. ²: see the "
-        "tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time on two CPU "
-        f"cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of the "
-        "screening prompts.",
+        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *counted))}, which are float32. ²: see "
+        "the tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time "
+        f"on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of "
+        "the screening prompts.",
         "",
         markdown(scores),
         "",
