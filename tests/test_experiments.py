@@ -225,6 +225,24 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     assert modules.final_tables.test_scores(tmp_path / "none.json") == ""
 
 
+def test_a_method_at_both_budgets_meets_the_test_sets_under_two_names(modules, monkeypatch):
+    plan, name = modules.plan, "sft on references, learning rate 0.0003, cost 1"
+    write_times(plan, 2.0, **{"sft on references": 4.0})
+    path = plan.RESULTS / "times.json"
+    scored = {"response_tokens": 512, "seconds": 2.0, "all_response_tokens": 51200}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scored": scored}))
+    monkeypatch.setattr(plan, "CHOSEN", {plan.OURS: 3e-4, "sft on references": 3e-4})
+    monkeypatch.setattr(plan, "FROZEN", (plan.OURS, "sft on references"))
+    monkeypatch.setattr(plan, "FROZEN_WITH_CAPTURE", ("sft on references",))
+    # 160 s, and 160 s of scores of the references that 80 steps read.
+    steps = {row: method.args["max_steps"] for row, method in plan.frozen().items() if row.startswith("sft")}
+    assert steps == {name: 40, f"{name} with capture": 80}
+    assert {method.num_seeds for method in plan.frozen().values()} == {3}
+    assert modules.rows.short_name(f"{name} with capture") == "sft on references, cost 1 with capture"
+    assert modules.rows.short_name(name) == "sft on references"
+    assert f"{name} with capture" not in {row for row, _, _ in plan.studied()}
+
+
 def test_what_comes_before_the_first_step_is_in_its_time(modules, tmp_path):
     import time
 
