@@ -268,8 +268,8 @@ def at_equal_cost() -> dict[str, Method]:
     """Chosen rates with as many steps as the budget, or a share of it, pays for.
 
     At cost 1 the main methods have all training seeds; there the default has the rows of the main table. With capture,
-    the default's scores of the references that its steps read are part of the budget; methods with own answers have
-    cost 2 instead, which is more. What is not measured or chosen yet is left out.
+    the default's scores of the references that its steps read are part of the budget; methods with a row of cost 2,
+    which is more, need none. What is not measured or chosen yet is left out.
     """
     measured, found = times(), {}
     step_s = measured["step_s"]
@@ -280,8 +280,7 @@ def at_equal_cost() -> dict[str, Method]:
     labels = {"cost 1": others} | {f"cost {share}": names for share, names in SHARES.items()}
     if "scored" in measured:
         asks = {name for name in others if asked_s(METHODS[name], measured, STEPS)}
-        own = {name for name in others if METHODS[name].rollouts is not None}
-        labels[WITH_CAPTURE] = tuple(name for name in others if name not in {FIRST, *own, *asks})
+        labels[WITH_CAPTURE] = tuple(name for name in others if name not in {FIRST, *SHARES["2"], *asks})
     for label, names in labels.items():
         for name, rate in CHOSEN.items():
             if name not in step_s or name not in names:
