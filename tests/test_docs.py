@@ -95,4 +95,4 @@ def test_the_page_on_evaluation_names_every_metric_and_setting_and_its_recipe_is
     assert [name for name in sorted(names) if not re.search(rf"[`.]{name}`", page)] == []
     block = re.search(r"((?: {4}.*\n)+)", page)[1]
     settings = EvaluationSettings.model_validate(yaml.safe_load(block)["evaluation"])
-    assert None not in (settings.exposure, settings.perplexity, settings.judge, settings.tasks)
+    assert None not in (settings.exposure, settings.perplexity, settings.judge, settings.tasks, settings.prompt_sets)

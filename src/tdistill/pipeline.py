@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from tdistill.errors import (
 from tdistill.evaluation.evaluate import evaluate
 from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import check_inputs
+from tdistill.evaluation.prompt_sets import PromptSet, read_prompt_set
 from tdistill.evaluation.scope import TEACHER
 from tdistill.evaluation.sparsity import sparsity
 from tdistill.files import write_atomically
@@ -157,18 +159,27 @@ class Run:
         capture = self.recipe.capture
         records = {split: self.records(split) for split in SPLITS}
         for split in ("dev", "held_out"):
-            if shared := count_shared(records[split], records["train"]):
-                self.say(
-                    f"{shared} of the {len(records[split])} prompts of data.{split} are in data.train too; measured on "
-                    "them, a student looks better than it is"
-                )
+            self._say_shared(f"data.{split}", records[split], records["train"])
+        for name, source in self._set_sources().items():
+            records_of_set, _ = read_prompt_set(name, source, self.recipe.data.turns)
+            self._say_shared(f"evaluation.prompt_sets.{name}", records_of_set, records["train"])
         self._references(records["held_out"])
         self._texts()
         check_inputs(self.recipe.evaluation)
         teacher = self.load_teacher()
         template = self._template(teacher.tokenizer)
-        prompts = {split: self._prompts(split, records[split], teacher, template) for split in SPLITS}
-        check_models(self.recipe, teacher, [prompt for split in SPLITS for prompt in prompts[split]])
+        prompts = {
+            split: self._prompts(
+                f"{getattr(self.recipe.data, split)} (data.{split})",
+                records[split],
+                teacher,
+                template,
+                with_answers=capture.mode == "score",
+            )
+            for split in SPLITS
+        }
+        sets = [of.prompts for of in self._prompt_sets(teacher, template).values()]
+        check_models(self.recipe, teacher, list(chain(*prompts.values(), *sets)))
         if self.recipe.student.model is not None:
             self._make_start(teacher)
         num_answers = {split: capture.answers_per_prompt if split == "train" else 1 for split in SPLITS}
@@ -261,6 +272,8 @@ class Run:
         weights = {name: weights_sha256(folder) for name, folder in folders.items()}
         weights[TEACHER] = teacher.identity["weights_sha256"]
         asked = [PromptTokens(row.prompt_id, row.prompt_ids) for row in map(held_out.__getitem__, range(len(held_out)))]
+        prompt_sets = self._prompt_sets(teacher, self._template(teacher.tokenizer))
+        asked += chain.from_iterable(of.prompts for of in prompt_sets.values())
         for name, model in {TEACHER: teacher.model, **subjects}.items():
             check_context(model.config, name, asked, longest_measured(self.recipe))
         pairs = tuple((self.recipe.final_phase, control) for control in self.recipe.controls)
@@ -275,6 +288,7 @@ class Run:
             settings=settings,
             teacher_temperature=held_out.identity["sampling"]["temperature"],
             kept=Kept(self.folder / "evaluation", weights),
+            prompt_sets=prompt_sets,
         )
         note_time(self.folder, "evaluation", time.perf_counter() - started)
         content = {
@@ -349,13 +363,32 @@ class Run:
         path = self.store_path(split)
         return len(Store.open(path, verify=False)) if (path / "manifest.json").is_file() else None
 
+    def _say_shared(self, name: str, records: Sequence[Record], train: Sequence[Record]) -> None:
+        if shared := count_shared(records, train):
+            self.say(
+                f"{shared} of the {len(records)} prompts of {name} are in data.train too; measured on them, a student "
+                "looks better than it is"
+            )
+
+    def _set_sources(self) -> dict[str, str]:
+        return self.recipe.evaluation.prompt_sets or {}
+
+    def _prompt_sets(self, teacher: HFTeacher, template: Template) -> dict[str, PromptSet]:
+        """Further prompts to measure on, with their references."""
+        sets = {}
+        for name, source in self._set_sources().items():
+            records, references = read_prompt_set(name, source, self.recipe.data.turns)
+            where = f"{source} (evaluation.prompt_sets.{name})"
+            sets[name] = PromptSet(self._prompts(where, records, teacher, template, with_answers=False), references)
+        return sets
+
     def _prompts(
-        self, split: str, records: Sequence[Record], teacher: HFTeacher, template: Template
+        self, where: str, records: Sequence[Record], teacher: HFTeacher, template: Template, with_answers: bool
     ) -> list[PromptTokens]:
-        """Tokenise the prompts of a split.
+        """Tokenise prompts.
 
         Raises:
-            DataFileError and its children: see :func:`tokenize_prompts`; names the source.
+            DataFileError and its children: see :func:`tokenize_prompts`; names where they come from.
         """
         data, capture = self.recipe.data, self.recipe.capture
         try:
@@ -367,11 +400,11 @@ class Run:
                 max_prompt_tokens=data.max_prompt_tokens,
                 max_new_tokens=capture.max_new_tokens,
                 turns=data.turns,
-                with_answers=capture.mode == "score",
+                with_answers=with_answers,
                 too_long=data.too_long,
             )
         except DataFileError as error:
-            raise type(error)(f"{getattr(data, split)} (data.{split}): {error}") from error
+            raise type(error)(f"{where}: {error}") from error
 
     def _make_start(self, teacher: HFTeacher | None) -> None:
         make_start(

@@ -20,9 +20,15 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     text.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
     tree = recipe_tree(tiny_teacher_folder, tiny_prompt_files, tmp_path / "run")
     tree["phases"] = {"sft": {"args": {**ARGUMENTS, "objective": "sft", "max_steps": 2}}}
+    answered = tmp_path / "answered.jsonl"
+    answered.write_text("".join(json.dumps({"prompt": prompt, "output": prompt}) + "\n" for prompt in prompts[:3]))
     tree = changed(
         tree,
-        evaluation={"exposure": {}, "perplexity": {"text": str(text), "window_tokens": 32, "stride_tokens": 16}},
+        evaluation={
+            "exposure": {},
+            "perplexity": {"text": str(text), "window_tokens": 32, "stride_tokens": 16},
+            "prompt_sets": {"echo": str(answered)},
+        },
     )
     recipe = write_recipe(tmp_path / "recipe.yaml", tree)
 
@@ -30,6 +36,15 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     refused = tdistill("run", recipe, "evaluation.perplexity.text=none.jsonl")
     assert refused.code == 3 and "none.jsonl (evaluation.perplexity.text)" in refused.err
     assert not (tmp_path / "run" / "store").exists()
+    # So are prompts without references, and those that are too long.
+    for text_of, said in (({"prompt": "word5"}, "no prompt has a reference answer"),
+                          ({"prompt": " ".join(prompts * 9), "output": "word5"}, "max_prompt_tokens = ")):  # fmt: skip
+        other = tmp_path / "other.jsonl"
+        other.write_text(json.dumps(text_of) + "\n")
+        refused = tdistill("run", recipe, f"evaluation.prompt_sets.echo={other}")
+        assert refused.code == 3 and said in refused.err
+        assert f"{other} (evaluation.prompt_sets.echo): " in " ".join(refused.err.split())
+        assert not (tmp_path / "run" / "store").exists()
 
     outcome = tdistill("run", recipe)
     assert outcome.code == 0, outcome.err
@@ -39,11 +54,14 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     assert teacher is not None and start is not None and sft is not None
     assert teacher.value is not None and start.value is not None and teacher.value < start.value
     assert teacher.num_items == len(prompts)
+    echo = find(results, "rouge_l", "sft", "echo")
+    assert echo is not None and (echo.num_items, echo.seeds) == (3, (10,))
     raw = strict_json((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert [curve["subject"] for curve in raw["exposure"]] == ["start", "sft"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for place in (page, outcome.out, (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")):
         assert "Excess accumulated error" in place and "Perplexity per word" in place
+        assert "Rouge-L to the references of other prompts" in place and "echo (F1)" in place
 
 
 def test_a_task_that_does_not_fit_is_found_before_the_teacher_answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             for at, record in enumerate(own)
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        for name in ("selfinst", "vicuna") if split == "held_out" else ():
+            shutil.copy(path, path.with_name(f"{name}_eval.jsonl"))
     (folder / "text").mkdir()
     texts = [json.dumps({"text": record["answer"]}) + "\n" for record in records[:4]]
     (folder / "text" / "openwebtext.jsonl").write_text("".join(texts), encoding="utf-8")
@@ -249,7 +252,9 @@ def test_the_results_are_about_every_subject(run: Run):
     assert value("kl_teacher_student", "start") > value("kl_teacher_student", "sft") > value("kl_teacher_student", "bd")
     assert np.isfinite(value("kl_teacher_student", "bd_paper"))
     assert find(results, "kl_teacher_student", "bd", "held_out", against="bd_paper") is not None
-    assert find(results, "rouge_l", "bd", "held_out") is not None
+    for split in ("held_out", "selfinst", "vicuna"):
+        assert find(results, "rouge_l", "bd", split) is not None
+        assert find(results, "rouge_l", "bd", split, against="bd_paper") is not None
     assert "bd_paper" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -16,9 +16,12 @@ from tdistill.evaluation.exposure import kl_by_position
 from tdistill.evaluation.generation import SampledAnswer, sample_answers
 from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import task_records
+from tdistill.evaluation.prompt_sets import PromptSet
 from tdistill.evaluation.records import METRICS, OPTIONAL_METRICS, EvaluationSettings, Results
+from tdistill.evaluation.rouge import rouge_l
 from tdistill.evaluation.scope import Scope
 from tdistill.evaluation.tasks import TaskSettings
+from tdistill.types import PromptTokens
 
 SETTINGS = EvaluationSettings(
     seeds=(10, 20), max_new_tokens=6, batch_size=4, compare=(("bd", "sft"),), speed_tokens=3, num_shown_prompts=2
@@ -108,7 +111,7 @@ def test_the_answer_on_which_a_model_has_no_numbers_is_named(
             answers[3] = SampledAnswer(np.array([60, 6], np.int32), False)
         return answers, None
 
-    monkeypatch.setattr(module, "sample_answers", sampled)
+    monkeypatch.setattr("tdistill.evaluation.answers.sample_answers", sampled)
     with pytest.raises(ModelLogitsError, match=f"^Model '{broken}' .* on {said}: prompt 'p3' with seed 20"):
         run(subjects, teacher, tokenizer, held_out, exposure={})
 
@@ -137,6 +140,40 @@ def test_perplexity(subjects, teacher, tokenizer, held_out, tmp_path):
     )
     difference = results.find("text_nll", "bd", "sft")
     assert difference.value == pytest.approx(nll(teacher) - nll(subjects["sft"]), rel=1e-4)
+
+
+def test_further_prompt_sets(subjects, teacher, tokenizer, held_out):
+    sets = {
+        name: PromptSet(
+            [PromptTokens(f"{name}{i}", np.arange(2 + i, 6 + i, dtype=np.int32)) for i in range(number)],
+            {f"{name}{i}": (f"word{7 + i} word3", "word5") for i in range(number)},
+        )
+        for name, number in (("a", 4), ("b", 2))
+    }
+    settings = SETTINGS.model_copy(update={"seeds": (10, 20)})
+    how = {"end_token_ids": (0,), "vocab_size": 64, "max_new_tokens": 6, "top_p": 0.8}
+    results = evaluate(subjects, teacher, tokenizer, held_out, None, end_token_ids=(0,), settings=settings,
+                       progress=False, prompt_sets=sets)  # fmt: skip
+
+    def scores(model, name, seeds):
+        of = sets[name]
+        answers = [sample_answers(model, [p.prompt_ids for p in of.prompts], seed=seed, **how)[0] for seed in seeds]
+        return [
+            rouge_l(tokenizer.decode(answer.token_ids, skip_special_tokens=True), of.references[p.prompt_id])
+            for row in answers
+            for p, answer in zip(of.prompts, row, strict=True)
+        ]
+
+    for name, number in (("a", 4), ("b", 2)):
+        for subject, seeds in (("teacher", (10,)), ("sft", (10, 20)), ("bd", (10, 20))):
+            record = results.find("rouge_l", subject, split=name)
+            model = {**subjects, "teacher": teacher}[subject]
+            assert record.value == pytest.approx(np.mean(scores(model, name, seeds)), abs=1e-9)
+            assert (record.num_items, record.seeds) == (number, seeds)
+        own, other = (results.find("rouge_l", subject, split=name).value for subject in ("bd", "sft"))
+        assert results.find("rouge_l", "bd", "sft", split=name).value == pytest.approx(own - other)
+    assert any(results.find("rouge_l", "sft", split=name).value > 0 for name in sets)
+    assert results.find("rouge_l", "sft", split="held_out") is None
 
 
 def test_judge(subjects, teacher, tokenizer, held_out):
@@ -226,6 +263,10 @@ def test_mistakes_are_named_before_any_work(subjects, teacher, tokenizer, held_o
     for name in ("text", "held_out"):
         with pytest.raises(ConfigError, match=f"'{name}' already names"):
             run(*world, tasks={name: {"data": str(path)}})
+        with pytest.raises(ConfigError, match=rf"prompt_sets\.{name}: '{name}' already names"):
+            run(*world, prompt_sets={name: str(path)})
+    with pytest.raises(ConfigError, match=r"prompt_sets\.sums: 'sums' already names"):
+        run(*world, tasks={"sums": {"data": str(path)}}, prompt_sets={"sums": str(path)})
     with pytest.raises(
         PromptTooLongError, match=r"evaluation\.tasks\.sums: .* model 'teacher' was made for 128 in all"
     ):

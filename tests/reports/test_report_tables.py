@@ -89,6 +89,9 @@ def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
         record("task_accuracy", "sft", 0.25, 0.1, split="gsm8k", **task),
         record("task_accuracy", "bd", 0.5, 0.1, split="gsm8k", **task),
         record("task_accuracy", "bd", 0.75, 0.1, split="capitals", **task),
+        record("rouge_l", "teacher", 0.3, 0.01, split="b", unit="F1", higher_is_better=True, num_items=9),
+        record("rouge_l", "bd", 0.2, 0.01, split="b", unit="F1", higher_is_better=True, num_items=9),
+        record("rouge_l", "bd", 0.1, 0.01, split="a", unit="F1", higher_is_better=True, num_items=4),
         record("excess_accumulated_error", "bd", 0.2, 0.05, unit="share", higher_is_better=False),
     ]
     results = Results.model_validate(content)
@@ -103,6 +106,14 @@ def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
         "| bd (final) | **50 [40, 60]** | 75 [65, 85] |\n\nTasks; 20 items; brackets are 95 % intervals. "
         f"{BOLD}\n"
     )
+    assert markdown_table(results, "sets").splitlines() == [
+        "| | b (F1) | a (F1) |",
+        "|---|---:|---:|",
+        "| teacher | 0.300 [0.290, 0.310] | – |",
+        "| bd (final) | 0.200 [0.190, 0.210] | 0.100 [0.090, 0.110] |",
+        "",
+        "Rouge-L to the references of other prompts; 4 to 9 items; brackets are 95 % intervals.",
+    ]
     assert "| bd (final) | 20.0 [15.0, 25.0] |" in markdown_table(results, "exposure")
     # None of it changes the tables that were there, or adds one where nothing was measured.
     assert markdown_table(results) == FIDELITY and markdown_table(results, "size") == SIZE

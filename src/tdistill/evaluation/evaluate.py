@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tdistill.errors import ConfigError, DataFileError, EmptyPromptSetError, did_you_mean
+from tdistill.evaluation.answers import Sampler, rouge_scores
 from tdistill.evaluation.bootstrap import (
     Interval,
     bootstrap_mean,
@@ -22,7 +20,7 @@ from tdistill.evaluation.bootstrap import (
 )
 from tdistill.evaluation.divergence import TokenTotals, divergences, teacher_loss_on
 from tdistill.evaluation.exposure import ExposureCurve
-from tdistill.evaluation.generation import SampledAnswer, sample_answers
+from tdistill.evaluation.generation import SampledAnswer
 from tdistill.evaluation.kept import Kept
 from tdistill.evaluation.optional import (
     answer_names,
@@ -32,8 +30,8 @@ from tdistill.evaluation.optional import (
     task_records,
     text_records,
 )
+from tdistill.evaluation.prompt_sets import PromptSet, set_records
 from tdistill.evaluation.records import EvaluationSettings, Result, Results, Scores, ShownAnswers
-from tdistill.evaluation.rouge import has_words, rouge_l
 from tdistill.evaluation.scope import TEACHER, Scope
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
@@ -63,6 +61,7 @@ def evaluate(
     split: str = "held_out",
     progress: bool = True,
     kept: Kept | None = None,
+    prompt_sets: Mapping[str, PromptSet] | None = None,
 ) -> Results:
     """Measure the teacher and its students on held-out prompts.
 
@@ -70,7 +69,7 @@ def evaluate(
     the share of the gap that a student closed. On sampled answers: Rouge-L, distinct-2, length, termination, and the
     teacher's loss on them; of the teacher its stored answers, or sampled ones where the stored ones were given. Of the
     model itself: decoding speed, parameters, bytes. If the settings ask for it: exposure bias, perplexity of plain
-    text, win rates by a judge, and tasks with right answers.
+    text, win rates by a judge, tasks with right answers, and Rouge-L on further prompts.
 
     Args:
         subjects: name → student; ``teacher`` is added by itself.
@@ -85,6 +84,7 @@ def evaluate(
         split: name of the prompt set, written into every record.
         progress: show bars with tokens per second.
         kept: answers, marks of tasks and the judge's replies that an earlier evaluation left are taken from here.
+        prompt_sets: name → further prompts with references, on which Rouge-L alone is measured.
     Raises:
         EmptyPromptSetError: no trajectory.
         ConfigError: a pair in ``settings.compare`` names no subject, or a subject called teacher is another model; and
@@ -123,11 +123,9 @@ def evaluate(
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompt_of, weights=values, minlength=len(prompts))
 
-    answers = {
-        name: _sample(name, model, prompts, end_token_ids, vocab_size, how[name], seeds[name], progress, kept)
-        for name, model in models.items()
-        if seeds[name]
-    }
+    sample = Sampler(models, how, end_token_ids, vocab_size, kept, progress)
+    prompts_ids = [prompt.prompt_ids for prompt in prompts]
+    answers = {name: sample(name, prompts_ids, of) for name, of in seeds.items() if of}
     stored = [prompt.stored for prompt in prompts]
     teachers = answers[TEACHER] if given else stored
 
@@ -137,10 +135,10 @@ def evaluate(
     given_note = "The held-out answers were given, not sampled from the teacher." if given else None
     sampled_note = f"To its answers with seed {', '.join(map(str, teacher_seeds))}." if given else None
     compared = {name: rows for name, rows in answers.items() if rows is not teachers}
-    scores = {"rouge_l_teacher": _rouge(compared, [[text(answer) for answer in row] for row in teachers], text)}
+    scores = {"rouge_l_teacher": rouge_scores(compared, [[text(answer) for answer in row] for row in teachers], text)}
     if references is not None:
         by_people = [list(references[prompt.prompt_id]) for prompt in prompts]
-        scores["rouge_l"] = _rouge({TEACHER: stored, **answers}, by_people, text)
+        scores["rouge_l"] = rouge_scores({TEACHER: stored, **answers}, by_people, text)
 
     records: list[Result] = []
     for name, model in models.items():
@@ -175,7 +173,7 @@ def evaluate(
             shape = (len(prompts), -1)
             loss = bootstrap_ratio(sums.reshape(shape), counts.reshape(shape), scope.seed)
             records.append(scope.record("teacher_nll_on_student_answers", name, loss, seeds=seeds[name]))
-        records += _cost_records(scope, name, model, [prompt.prompt_ids for prompt in prompts], settings.speed_tokens)
+        records += _cost_records(scope, name, model, prompts_ids, settings.speed_tokens)
     for subject, against in dict.fromkeys(settings.compare):
         records += _differences(scope, subject, against, totals, scores, by_prompt, settings.seeds, given_note)
     curves: list[ExposureCurve] = []
@@ -189,6 +187,9 @@ def evaluate(
         records += text_records(
             scope, models, tokenizer, settings.perplexity, settings.batch_size, settings.compare, progress
         )
+    if prompt_sets:
+        asked_seeds = {**seeds, TEACHER: settings.teacher_seeds or settings.seeds[:1]}
+        records += set_records(scope, sample, prompt_sets, asked_seeds, settings.compare, text)
     if settings.tasks is not None:
         records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare, kept)
     asked = [str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)) for prompt in prompts]
@@ -248,62 +249,6 @@ def _group(held_out: Sequence[Trajectory]) -> list[_Prompt]:
         )
         prompt.stored.append(SampledAnswer(trajectory.response_ids, trajectory.ends == "terminal"))
     return list(prompts.values())
-
-
-def _sample(
-    name: str,
-    model: PreTrainedModel,
-    prompts: Sequence[_Prompt],
-    end_token_ids: Sequence[int],
-    vocab_size: int,
-    settings: EvaluationSettings,
-    seeds: Sequence[int],
-    progress: bool,
-    kept: Kept,
-) -> list[list[SampledAnswer]]:
-    """Answers by prompt, inside it by seed."""
-    prompts_ids = [prompt.prompt_ids for prompt in prompts]
-    how = {
-        "end_token_ids": list(end_token_ids),
-        "vocab_size": vocab_size,
-        **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "batch_size"}),
-    }
-
-    def sample(seed: int) -> list[tuple[list[int], bool]]:
-        label = f"{name}, seed {seed}" if progress else None
-        answers, _ = sample_answers(model, prompts_ids, seed=seed, progress=label, **how)
-        return [(answer.token_ids.tolist(), answer.terminated) for answer in answers]
-
-    asked = hashlib.sha256(json.dumps([ids.tolist() for ids in prompts_ids]).encode()).hexdigest()
-    by_seed = [
-        kept.get("answers", name, {**how, "prompts": asked, "seed": seed}, partial(sample, seed)) for seed in seeds
-    ]
-    return [
-        [SampledAnswer(np.array(token_ids, np.int32), terminated) for token_ids, terminated in row]
-        for row in zip(*by_seed, strict=True)
-    ]
-
-
-def _rouge(
-    answers: Mapping[str, Sequence[Sequence[SampledAnswer]]],
-    references: Sequence[Sequence[str]],
-    text: Callable[[SampledAnswer], str],
-) -> dict[str, np.ndarray]:
-    """Subject → Rouge-L F1 [prompts, answers]; where prompts have unequally many, [prompts, 1]: the mean of each."""
-    unread = [texts for texts in references if any(texts) and not any(map(has_words, texts))]
-    if unread:
-        _log.warning(
-            "Rouge-L reads words of a to z and 0 to 9 only; %d of %d references have none and score 0, for example %r.",
-            len(unread),
-            len(references),
-            unread[0][0][:40],
-        )
-    found = {}
-    for name, rows in answers.items():
-        scores = [[rouge_l(text(answer), texts) for answer in row] for row, texts in zip(rows, references, strict=True)]
-        unequal = len({len(row) for row in scores}) > 1
-        found[name] = np.array([[np.mean(row)] for row in scores] if unequal else scores)
-    return found
 
 
 def _divergence_records(

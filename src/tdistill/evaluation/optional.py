@@ -63,8 +63,8 @@ def check_optional(
     """Find out before long work whether everything optional can be measured.
 
     Raises:
-        ConfigError: ``judge.against`` is no subject; a window is too long for a model; a task has the name of another
-            split; and see :func:`check_inputs`.
+        ConfigError: ``judge.against`` is no subject; a window is too long for a model; a task or a prompt set has the
+            name of another split; and see :func:`check_inputs`.
         PromptTooLongError: see :func:`~tdistill.evaluation.tasks.check_task_context`.
         JudgeError: the judge does not answer, or refuses.
         UnsupportedModelError, TokenizerMismatchError, ModelLogitsError: see
@@ -72,9 +72,12 @@ def check_optional(
     """
     check_inputs(settings)
     configs = {f"model '{name}'": model.config for name, model in models.items()}
-    for name, task in (settings.tasks or {}).items():
-        if name in (split, TEXT):
-            raise ConfigError(f"evaluation.tasks.{name}: '{name}' already names a set of records. Rename the task.")
+    tasks, prompt_sets = settings.tasks or {}, settings.prompt_sets or {}
+    for kind, names, taken in (("tasks", tasks, ()), ("prompt_sets", prompt_sets, tasks)):
+        for name in names:
+            if name in (split, TEXT, *taken):
+                raise ConfigError(f"evaluation.{kind}.{name}: '{name}' already names a set of records. Rename it.")
+    for name, task in tasks.items():
         check_task_context(name, task, tokenizer, configs)
     if settings.perplexity is not None:
         for name, model in models.items():

@@ -75,6 +75,7 @@ class EvaluationSettings(BaseModel):
         perplexity: measure the perplexity of plain text, or None.
         judge: have a language model compare the answers, or None.
         tasks: name → task with right and wrong answers, or None.
+        prompt_sets: name → source of further prompts with references, on which Rouge-L alone is measured, or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -94,6 +95,7 @@ class EvaluationSettings(BaseModel):
     perplexity: PerplexitySettings | None = None
     judge: JudgeSettings | None = None
     tasks: dict[str, TaskSettings] | None = None
+    prompt_sets: dict[str, str] | None = None
 
 
 class Result(BaseModel):
@@ -198,7 +200,8 @@ class Results(BaseModel):
         """Return the JSON text of ``results.json``."""
         return self.model_dump_json(indent=2) + "\n"
 
-    def find(self, metric: str, subject: str, against: str | None = None) -> Result | None:
-        """Return the record of a metric and subject, or None."""
+    def find(self, metric: str, subject: str, against: str | None = None, split: str | None = None) -> Result | None:
+        """Return the record of a metric and subject, or None; without a split the first one."""
         wanted = (metric, subject, against)
-        return next((r for r in self.records if (r.metric, r.subject, r.against) == wanted), None)
+        found = (r for r in self.records if (r.metric, r.subject, r.against) == wanted)
+        return next((r for r in found if split in (None, r.split)), None)

@@ -19,7 +19,7 @@ from tdistill.reports.findings import (
 )
 from tdistill.reports.load import RunArtifacts, load_run
 from tdistill.reports.records import format_number, format_record, main_split, scale_of
-from tdistill.reports.tables import GROUP_TITLES, build_table
+from tdistill.reports.tables import GROUP_TITLES, build_table, columns_of_splits
 
 # Names, prompts and answers are other people's text: everything that a template prints is escaped.
 ENVIRONMENT = Environment(
@@ -36,7 +36,8 @@ def report_html(artifacts: RunArtifacts) -> str:
     """The report as one self-contained page; the same artifacts give the same text."""
     results = artifacts.results
     split = main_split(results)
-    other_splits = sorted({record.split for record in results.records if record.split} - {split})
+    shown = {split, *(column.split for column in columns_of_splits(results))}
+    other_splits = sorted({record.split for record in results.records if record.split} - shown)
     figures = {
         "loss": plots.loss_curves(artifacts),
         "dev_kl": plots.dev_kl_curves(artifacts),
@@ -49,7 +50,7 @@ def report_html(artifacts: RunArtifacts) -> str:
         verdict=" ".join(verdict(results)),
         split=split,
         tables={group: build_table(results, group) for group in GROUP_TITLES},
-        optional_groups=("exposure", "judge", "text", "tasks"),
+        optional_groups=("sets", "exposure", "judge", "text", "tasks"),
         other_tables=[
             table for name in other_splits for g in ("fidelity", "answers") if (table := build_table(results, g, name))
         ],

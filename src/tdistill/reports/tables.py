@@ -11,13 +11,14 @@ from tdistill.reports.findings import facts, verdict
 from tdistill.reports.load import Record, Results, RunArtifacts, read_results
 from tdistill.reports.records import find, format_record, has_interval, main_split, scale_of, separated_best
 
-Group = Literal["fidelity", "answers", "exposure", "judge", "text", "tasks", "size"]
+Group = Literal["fidelity", "answers", "sets", "exposure", "judge", "text", "tasks", "size"]
 
 TERMINAL_WIDTH = 100
 
 GROUP_TITLES: dict[Group, str] = {
     "fidelity": "Distance from the teacher",
     "answers": "The answers",
+    "sets": "Rouge-L to the references of other prompts",
     "exposure": "Exposure bias",
     "judge": "Answers compared by a judge",
     "text": "Plain text",
@@ -121,7 +122,7 @@ def build_table(results: Results, group: Group = "fidelity", split: str | None =
     split = main_split(results) if split is None else split
     columns: list[tuple[str, dict[str, Cell]]] = []
     shown: list[Record] = []
-    for column in (*COLUMNS, *_task_columns(results)):
+    for column in (*COLUMNS, *columns_of_splits(results)):
         if column.group != group:
             continue
         own_split = column.split or split
@@ -145,10 +146,12 @@ def build_table(results: Results, group: Group = "fidelity", split: str | None =
     )
 
 
-def _task_columns(results: Results) -> list[Column]:
-    """One column for each task, which the records have as their split."""
-    tasks = dict.fromkeys(record.split for record in results.records if record.metric == "task_accuracy")
-    return [Column("task_accuracy", task, "tasks", task) for task in tasks]
+def columns_of_splits(results: Results) -> list[Column]:
+    """One column for each task, and for each further prompt set, which the records have as their split."""
+    groups: dict[str, Group] = {"task_accuracy": "tasks", "rouge_l": "sets"}
+    found = dict.fromkeys((record.metric, record.split) for record in results.records if record.metric in groups)
+    own = main_split(results)
+    return [Column(metric, split, groups[metric], split) for metric, split in found if split != own]
 
 
 def _lookup(results: Results, column: Column, subject: str, split: str) -> Record | None:
@@ -170,7 +173,7 @@ def _label(results: Results, subject: str) -> str:
 def _caption(group: Group, split: str, records: Sequence[Record]) -> str:
     parts = [GROUP_TITLES[group]]
     if group != "size":
-        if group not in ("text", "tasks"):
+        if group not in ("sets", "text", "tasks"):
             parts.append(f"{split} split")
         items = sorted({record.num_items for record in records if record.num_items is not None})
         if items:
