@@ -150,7 +150,7 @@ def test_further_prompt_sets(subjects, teacher, tokenizer, held_out):
         )
         for name, number in (("a", 4), ("b", 2))
     }
-    settings = SETTINGS.model_copy(update={"seeds": (10, 20)})
+    settings = SETTINGS.model_copy(update={"prompt_sets": {name: f"{name}.jsonl" for name in sets}})
     how = {"end_token_ids": (0,), "vocab_size": 64, "max_new_tokens": 6, "top_p": 0.8}
     results = evaluate(subjects, teacher, tokenizer, held_out, None, end_token_ids=(0,), settings=settings,
                        progress=False, prompt_sets=sets)  # fmt: skip
@@ -174,6 +174,9 @@ def test_further_prompt_sets(subjects, teacher, tokenizer, held_out):
         assert results.find("rouge_l", "bd", "sft", split=name).value == pytest.approx(own - other)
     assert any(results.find("rouge_l", "sft", split=name).value > 0 for name in sets)
     assert results.find("rouge_l", "sft", split="held_out") is None
+    with pytest.raises(ConfigError, match=r"name the prompt sets \['a', 'b'\], and those of \['a'\] were given"):
+        evaluate(subjects, teacher, tokenizer, held_out, None, end_token_ids=(0,), settings=settings,
+                 prompt_sets={"a": sets["a"]})  # fmt: skip
 
 
 def test_judge(subjects, teacher, tokenizer, held_out):

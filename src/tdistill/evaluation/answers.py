@@ -40,8 +40,10 @@ class Sampler:
     kept: Kept
     progress: bool
 
-    def __call__(self, name: str, prompts_ids: Sequence[np.ndarray], seeds: Sequence[int]) -> list[list[SampledAnswer]]:
-        """Answers of a model by prompt, inside it by seed."""
+    def __call__(
+        self, name: str, prompts_ids: Sequence[np.ndarray], seeds: Sequence[int], where: str = ""
+    ) -> list[list[SampledAnswer]]:
+        """Answers of a model by prompt, inside it by seed; ``where`` stands on its bar."""
         how = {
             "end_token_ids": list(self.end_token_ids),
             "vocab_size": self.vocab_size,
@@ -49,7 +51,7 @@ class Sampler:
         }
 
         def sample(seed: int) -> list[tuple[list[int], bool]]:
-            label = f"{name}, seed {seed}" if self.progress else None
+            label = f"{name}{where}, seed {seed}" if self.progress else None
             answers, _ = sample_answers(self.models[name], prompts_ids, seed=seed, progress=label, **how)
             return [(answer.token_ids.tolist(), answer.terminated) for answer in answers]
 

@@ -96,6 +96,10 @@ def evaluate(
     models, kept = {TEACHER: teacher, **subjects}, kept or Kept()
     _check(models, teacher, held_out, references, settings)
     check_optional(models, tokenizer, settings, split)
+    if (named := set(settings.prompt_sets or {})) != (sets := set(prompt_sets or {})):
+        raise ConfigError(
+            f"The settings name the prompt sets {sorted(named)}, and those of {sorted(sets)} were given. Give both."
+        )
     prompts = _group(held_out)
     scope = Scope(split, len(prompts), settings.bootstrap_seed)
     vocab_size = num_token_ids(tokenizer)

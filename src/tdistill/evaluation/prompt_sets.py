@@ -62,7 +62,7 @@ def set_records(
     records = []
     for name, (prompts, references) in prompt_sets.items():
         prompts_ids = [prompt.prompt_ids for prompt in prompts]
-        answers = {subject: sample(subject, prompts_ids, of) for subject, of in seeds.items()}
+        answers = {subject: sample(subject, prompts_ids, of, f" on {name}") for subject, of in seeds.items()}
         scores = rouge_scores(answers, [references[prompt.prompt_id] for prompt in prompts], text)
         shared = {"split": name, "num_items": len(prompts)}
         for subject, found in scores.items():
