@@ -59,7 +59,8 @@ The questions, and where they are answered:
 `iq_learn` with α = ∞, the sampled first-order term, p = 0.5 and an off-support weight of 3 on people's answers that the
 teacher scored. Nothing in it is temporal, and it is not the library's default, which has the expected first-order term
 and weight 1. Other forms of it, with `both` and with the expected term in place of `sampled`, were taken to the test
-sets when the first had been. Names of rows:
+sets when the first had been, and so was `bellman_distill, cost 1`: the library's default at p = 0.5 on the teacher's
+answers. Names of rows:
 
 - `bellman_distill`: `iq_learn` with α = ∞, at p = 0.5 unless the name has another, with the expected first-order term
   unless it says `sampled` or `both` (their mean). A name that begins with `sampled` has off-support control `tail`, the

@@ -59,7 +59,13 @@ def tests_section(path: Path) -> str:
         for row in rows
     ]
     counted = [f"{name}, {WITH_CAPTURE}" for name in FROZEN_WITH_CAPTURE]
-    less = [["", *(f"{name} less the default's" for name in [*sets, "mean"]), "separated above, on each set"]]
+    less = [
+        [
+            "",
+            *(f"{name} less the default's" for name in [*sets, "mean"]),
+            "above in the mean; *: on each set too",
+        ]
+    ]
     less += [[row.name, *row.less, row.above] for row in rows]
     parts = [
         "## Test sets, equal cost",
@@ -70,7 +76,8 @@ def tests_section(path: Path) -> str:
         "GPT-3.5 for references, the others people's. The mean is that of the sets. Each frozen recipe was looked at "
         "once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each set by themselves, and "
         "training seeds where there are several: over three trainings a rough guide, which does not cover another "
-        "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Bold: the "
+        "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Above: with "
+        "an interval of the difference that excludes 0. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
         f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *counted))}, which are float32. ²: see "
         "the tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time "
@@ -119,7 +126,7 @@ def test_scores(path: Path) -> str:
 class _TestRow:
     """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest.
 
-    ``above``: what it is separated above, on each set and in the mean.
+    ``above``: what it is separated above in the mean, and whether on each set too.
     """
 
     name: str
@@ -169,7 +176,7 @@ def _test_rows(path: Path) -> list[_TestRow]:
             ]
             for other in methods
         }
-        below = [name for name, gap in gaps.items() if all(of.low and of.low > 0 for of in gap)]
+        above = {name: [bool(of.low and of.low > 0) for of in gap] for name, gap in gaps.items()}
         for sign, of in cells.items():
             for i, column in enumerate(marks):
                 shown = gaps[ours][i] if sign else percentile_interval(points[method][i], drawn[method][i], LEVEL)
@@ -190,7 +197,7 @@ def _test_rows(path: Path) -> list[_TestRow]:
                 costs_of(mine[0]),
                 cells[""],
                 cells["+"],
-                "; ".join(map(method_shown, below)) or "none",
+                "; ".join(method_shown(of) + "*" * all(on) for of, on in above.items() if on[-1]) or "none",
                 share,
                 f"{np.mean(bigrams):.2f}" if bigrams else "–",
                 size or ["–", "–"],
