@@ -66,7 +66,7 @@ def test_an_evaluation_goes_on_from_the_answers_that_were_sampled(
         outcome = tdistill("eval", finished.recipe, f"output={copied}", judge)
     assert outcome.code == 10 and not (copied / "results.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "sample_answers", no_work)
+        patched.setattr("tdistill.evaluation.answers.sample_answers", no_work)
         outcome = tdistill("run", finished.recipe, f"output={copied}")
     assert outcome.code == 0, outcome.err
     assert measured(copied)["results"]["records"] == measured(finished.folder)["results"]["records"]
@@ -75,7 +75,7 @@ def test_an_evaluation_goes_on_from_the_answers_that_were_sampled(
 def test_answers_of_other_weights_or_settings_are_not_taken(
     finished: FinishedRun, copied: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(evaluation, "sample_answers", no_work)
+    monkeypatch.setattr("tdistill.evaluation.answers.sample_answers", no_work)
     with pytest.raises(AssertionError, match="done before"):
         tdistill("eval", finished.recipe, f"output={copied}", "evaluation.top_p=0.7")
     shutil.copy(copied / "start/model.safetensors", copied / "phases/bd/student/model.safetensors")
