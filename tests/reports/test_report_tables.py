@@ -114,6 +114,9 @@ def test_what_is_measured_on_no_prompts_has_tables_of_its_own() -> None:
         "",
         "Rouge-L to the references of other prompts; 4 to 9 items; brackets are 95 % intervals.",
     ]
+    own = make_results()
+    own["records"].append(record("rouge_l", "bd", 0.4, 0.01, unit="F1", higher_is_better=True))
+    assert markdown_table(Results.model_validate(own), "sets") == ""
     assert "| bd (final) | 20.0 [15.0, 25.0] |" in markdown_table(results, "exposure")
     # None of it changes the tables that were there, or adds one where nothing was measured.
     assert markdown_table(results) == FIDELITY and markdown_table(results, "size") == SIZE
