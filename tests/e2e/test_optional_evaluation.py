@@ -56,6 +56,10 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     assert teacher.num_items == len(prompts)
     echo = find(results, "rouge_l", "sft", "echo")
     assert echo is not None and (echo.num_items, echo.seeds) == (3, (10,))
+    compared = tdistill("compare", tmp_path / "run", "--split", "echo", "--against", "start")
+    assert compared.code == 0 and "echo split; 3 prompts" in compared.out and "run:sft" in compared.out
+    refused = tdistill("compare", tmp_path / "run", "--split", "eco")
+    assert refused.code == 2 and "was measured on held_out, echo" in refused.err and "'echo'" in refused.err
     raw = strict_json((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert [curve["subject"] for curve in raw["exposure"]] == ["start", "sft"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

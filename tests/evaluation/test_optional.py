@@ -170,6 +170,11 @@ def test_further_prompt_sets(subjects, teacher, tokenizer, held_out):
             model = {**subjects, "teacher": teacher}[subject]
             assert record.value == pytest.approx(np.mean(scores(model, name, seeds)), abs=1e-9)
             assert (record.num_items, record.seeds) == (number, seeds)
+            by_prompt = results.scores.prompt_sets[name]
+            assert by_prompt.prompt_ids == tuple(prompt.prompt_id for prompt in sets[name].prompts)
+            rows = np.array(by_prompt.answer_scores["rouge_l"][subject])
+            assert by_prompt.seeds[subject] == seeds and rows.shape == (number, len(seeds))
+            np.testing.assert_allclose(rows.T.ravel(), scores(model, name, seeds), atol=1e-6)
         own, other = (results.find("rouge_l", subject, split=name).value for subject in ("bd", "sft"))
         assert results.find("rouge_l", "bd", "sft", split=name).value == pytest.approx(own - other)
     assert any(results.find("rouge_l", "sft", split=name).value > 0 for name in sets)

@@ -121,6 +121,7 @@ def write_scored_run(
     settings: dict[str, Any] | None = None,
     times_s: dict[str, float] | None = None,
     teacher: str = "org/teacher-135M",
+    prompt_sets: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
     """A run with values by prompt; ``tokens`` has the prompts, and every list their order."""
     subjects = list(kl_sums)
@@ -152,6 +153,7 @@ def write_scored_run(
         "token_sums": {"kl_teacher_student": kl_sums},
         "seeds": {name: list(range(len(rows[0]))) for name, rows in (rouge or {}).items()},
         "answer_scores": {"rouge_l": rouge} if rouge else {},
+        "prompt_sets": prompt_sets or {},
     }
     folder.mkdir(parents=True)
     default = {"name": "made-up", "output": str(folder), "phases": {name: {"args": {"seed": 1}} for name in trained}}

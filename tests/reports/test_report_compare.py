@@ -182,6 +182,44 @@ def test_other_held_out_files_are_named(tmp_path: Path) -> None:
     assert "paired by their ids alone, of different files (data.held_out): a.jsonl, b.jsonl" in notes
 
 
+def other_prompts(**scores: list[list[float]]) -> dict[str, Any]:
+    seeds = {name: list(range(len(rows[0]))) for name, rows in scores.items()}
+    return {"prompt_ids": ["q0", "q1", "q2"], "seeds": seeds, "answer_scores": {"rouge_l": scores}}
+
+
+def test_further_prompts_of_the_runs(tmp_path: Path) -> None:
+    low, high = [[0.1, 0.3], [0.2, 0.4], [0.6, 0.6]], [[0.2, 0.4], [0.3, 0.5], [0.7, 0.7]]
+    for name, file, sets in (
+        ("a", "q.jsonl", {"q": other_prompts(teacher=[[1.0]] * 3, bd=low), "r": other_prompts(bd=low)}),
+        ("b", "other.jsonl", {"q": other_prompts(bd=high, sft=low)}),
+    ):
+        named = {"data": {"held_out": f"{name}.jsonl"}, "evaluation": {"prompt_sets": {"q": file}}}
+        tokens = dict.fromkeys(MANY, 10 + (name == "b"))
+        rouge = {"teacher": [[1.0]] * 9, "bd": [[0.9]] * 9}
+        run(tmp_path / name, tokens=tokens, rouge=rouge, recipe=recipe(0, **named), prompt_sets=sets)
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    found = compare(folders, "a:bd", split="q")
+    assert (found.split, found.num_prompts, found.metrics) == ("q", 3, ("rouge_l",))
+    assert [row.label for row in found.rows] == ["a:teacher", "a:bd", "b:sft", "b:bd"]
+    assert interval(found, "rouge_l", "a:bd")[0] == pytest.approx(2.2 / 6)
+    assert interval(found, "rouge_l", "b:bd", "a:bd") == pytest.approx((0.1, 0.1, 0.1))
+    record = found.find("rouge_l", "a:bd")
+    assert record is not None and (record.seeds, record.split, record.unit) == ((0, 1), "q", "F1")
+    assert (found.best["rouge_l"].label, found.best["rouge_l"].not_separable) == ("b:bd", ())
+    assert "q split; 3 prompts" in comparison_text(found)
+    # There are no stored answers to these prompts, and so none that differ.
+    assert found.notes == (
+        "Prompts are paired by their ids alone, of different files (evaluation.prompt_sets.q): q.jsonl, other.jsonl.",
+    )
+    held_out = compare(folders)
+    assert held_out == compare(folders, split="held_out")
+    assert held_out.num_prompts == 9 and interval(held_out, "rouge_l", "a:bd")[0] == pytest.approx(0.9)
+    assert "different stored answers" in " ".join(held_out.notes)
+    with pytest.raises(ConfigError, match=r"--split r: .*b was measured on held_out, q\. evaluation\.prompt_sets"):
+        compare(folders, split="r")
+    assert [row.label for row in compare(folders[:1], split="r").rows] == ["a:bd"]
+
+
 # ---- refusals ----
 
 
@@ -204,7 +242,7 @@ def test_a_run_of_an_older_version(tmp_path: Path) -> None:
 def test_no_shared_prompt(tmp_path: Path) -> None:
     run(tmp_path / "a")
     run(tmp_path / "b", tokens={f"q{index}": 10 for index in range(9)})
-    with pytest.raises(DataFileError, match=r"share no held-out prompt \(.*a has 9, .*b has 9\).*data\.held_out"):
+    with pytest.raises(DataFileError, match=r"share no prompt of held_out \(.*a has 9, .*b has 9\).*data\.held_out"):
         compare([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
@@ -241,6 +279,8 @@ def test_two_copies_of_one_training_are_no_two_seeds(tmp_path: Path) -> None:
         (lambda s: s["token_sums"]["kl_teacher_student"]["bd"].pop(), r"kl_teacher_student\.bd has 8 entries for 9"),
         (lambda s: s.update(answer_scores={"rouge_l": {"bd": [[1.0]] * 8 + [[]]}}), "not equally many scores"),
         (lambda s: s["prompt_ids"].__setitem__(1, "p0"), "a prompt is listed twice"),
+        (lambda s: s.update(num_tokens=[]), "token_sums has values, and num_tokens none"),
+        (lambda s: s.update(prompt_sets={"q": {**other_prompts(bd=[[1.0]])}}), r"q.*bd has 1 entries for 3 prompts"),
         (lambda s: s.update(token_sums={}), r"No subject of .* is in its scores\.json"),
     ],
 )

@@ -19,7 +19,13 @@ Against = Annotated[str | None, typer.Option(help="Subject whose difference to e
 PoolSeeds = Annotated[
     bool, typer.Option("--pool-seeds", help="Average runs that differ in their training seeds alone.")
 ]
-Metric = Annotated[str, typer.Option(help="Metric of the figure.")]
+Split = Annotated[
+    str | None,
+    typer.Option(help="One of the runs' evaluation.prompt_sets, in place of the held-out prompts.", show_default=False),
+]
+Metric = Annotated[
+    str | None, typer.Option(help="Metric of the figure; by default the first of the table.", show_default=False)
+]
 Cost = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +44,8 @@ def compare(
     runs: Runs,
     against: Against = None,
     pool_seeds: PoolSeeds = False,
-    metric: Metric = "kl_teacher_student",
+    split: Split = None,
+    metric: Metric = None,
     cost: Cost = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -54,7 +61,8 @@ def compare(
     from tdistill.reports.compare_page import comparison_html, comparison_markdown, comparison_text
     from tdistill.reports.plots import comparison_chart
 
-    comparison = compare_runs(runs, against, pool_seeds=pool_seeds)
+    comparison = compare_runs(runs, against, pool_seeds=pool_seeds, split=split)
+    metric = metric or comparison.metrics[0]
     if metric not in comparison.metrics:
         raise ConfigError(f"--metric {metric} is in none of the runs.{did_you_mean(metric, comparison.metrics)}")
     if cost is not None and cost not in comparison.costs:

@@ -31,7 +31,7 @@ from tdistill.evaluation.optional import (
     text_records,
 )
 from tdistill.evaluation.prompt_sets import PromptSet, set_records
-from tdistill.evaluation.records import EvaluationSettings, Result, Results, Scores, ShownAnswers
+from tdistill.evaluation.records import AnswerScores, EvaluationSettings, Result, Results, Scores, ShownAnswers
 from tdistill.evaluation.scope import TEACHER, Scope
 from tdistill.evaluation.speed import decode_speed, num_parameters, weights_bytes
 from tdistill.evaluation.text import distinct_bigrams
@@ -191,9 +191,9 @@ def evaluate(
         records += text_records(
             scope, models, tokenizer, settings.perplexity, settings.batch_size, settings.compare, progress
         )
-    if prompt_sets:
-        asked_seeds = {**seeds, TEACHER: settings.teacher_seeds or settings.seeds[:1]}
-        records += set_records(scope, sample, prompt_sets, asked_seeds, settings.compare, text)
+    asked_seeds = {**seeds, TEACHER: settings.teacher_seeds or settings.seeds[:1]}
+    of_sets, scores_of_sets = set_records(scope, sample, prompt_sets or {}, asked_seeds, settings.compare, text)
+    records += of_sets
     if settings.tasks is not None:
         records += task_records(scope, models, tokenizer, settings.tasks, end_token_ids, settings.compare, kept)
     asked = [str(tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)) for prompt in prompts]
@@ -214,7 +214,9 @@ def evaluate(
         records=tuple(records),
         answers=tuple(shown),
         exposure=tuple(curves),
-        scores=_scores(split, prompts, totals, scores, by_prompt, {name: seeds[name] for name in answers}),
+        scores=_scores(
+            split, prompts, totals, scores, by_prompt, {name: seeds[name] for name in answers}, scores_of_sets
+        ),
     )
 
 
@@ -283,6 +285,7 @@ def _scores(
     answer_scores: Mapping[str, Mapping[str, np.ndarray]],
     by_prompt: Callable[[np.ndarray], np.ndarray],
     seeds: Mapping[str, tuple[int, ...]],
+    prompt_sets: Mapping[str, AnswerScores],
 ) -> Scores:
     """What was measured of each prompt; ``seeds`` of the subjects whose answers were sampled."""
     token_sums: dict[str, dict[str, list[float]]] = {}
@@ -305,6 +308,7 @@ def _scores(
                 metric: {name: rows(name, scores) for name, scores in of.items()}
                 for metric, of in answer_scores.items()
             },
+            "prompt_sets": prompt_sets,
         }
     )
 

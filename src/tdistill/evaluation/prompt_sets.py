@@ -9,7 +9,7 @@ from tdistill.errors import DataFileError
 from tdistill.evaluation.answers import Sampler, rouge_scores
 from tdistill.evaluation.bootstrap import bootstrap_mean, bootstrap_mean_difference
 from tdistill.evaluation.generation import SampledAnswer
-from tdistill.evaluation.records import Result
+from tdistill.evaluation.records import AnswerScores, Result
 from tdistill.evaluation.scope import LEVEL, Scope
 from tdistill.prompts.read import Record, read_records
 from tdistill.prompts.references import references_by_id
@@ -48,8 +48,8 @@ def set_records(
     seeds: Mapping[str, Sequence[int]],
     pairs: Sequence[tuple[str, str]],
     text: Callable[[SampledAnswer], str],
-) -> list[Result]:
-    """Rouge-L of every subject on each set, and its paired difference of the pairs (subject, against).
+) -> tuple[list[Result], dict[str, AnswerScores]]:
+    """Rouge-L of every subject on each set, with its paired difference of the pairs (subject, against); and by prompt.
 
     Args:
         scope: of the records; their split is the name of the set.
@@ -59,11 +59,16 @@ def set_records(
         pairs: whose differences are recorded.
         text: decodes an answer.
     """
-    records = []
+    records, by_prompt = [], {}
     for name, (prompts, references) in prompt_sets.items():
         prompts_ids = [prompt.prompt_ids for prompt in prompts]
         answers = {subject: sample(subject, prompts_ids, of, f" on {name}") for subject, of in seeds.items()}
         scores = rouge_scores(answers, [references[prompt.prompt_id] for prompt in prompts], text)
+        by_prompt[name] = AnswerScores(
+            prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+            seeds={subject: tuple(of) for subject, of in seeds.items()},
+            answer_scores={"rouge_l": {subject: found.round(6).tolist() for subject, found in scores.items()}},
+        )
         shared = {"split": name, "num_items": len(prompts)}
         for subject, found in scores.items():
             interval = bootstrap_mean(found, scope.seed, LEVEL)
@@ -71,4 +76,4 @@ def set_records(
         for subject, against in dict.fromkeys(pairs):
             interval = bootstrap_mean_difference(scores[subject], scores[against], scope.seed, LEVEL)
             records.append(scope.record("rouge_l", subject, interval, seeds=seeds[subject], against=against, **shared))
-    return records
+    return records, by_prompt

@@ -144,7 +144,23 @@ class ShownAnswers(BaseModel):
     answers: dict[str, str]
 
 
-class Scores(BaseModel):
+class AnswerScores(BaseModel):
+    """Scores of the answers to one prompt set.
+
+    Attributes:
+        prompt_ids: the prompts; every list below has their order.
+        seeds: subject → seeds of its sampled answers; none for stored answers.
+        answer_scores: metric → subject → by prompt, one score per seed, or the mean over the stored answers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_ids: tuple[str, ...]
+    seeds: dict[str, tuple[int, ...]]
+    answer_scores: dict[str, dict[str, tuple[tuple[FiniteFloat, ...], ...]]]
+
+
+class Scores(AnswerScores):
     """Content of ``scores.json``: what the intervals of ``results.json`` are over, prompt by prompt.
 
     Two runs that share prompts can be compared pair by pair with it. Numbers are rounded to 1e-6.
@@ -153,23 +169,17 @@ class Scores(BaseModel):
         format: what the file is.
         version: of its format.
         split: name of the prompt set.
-        prompt_ids: the prompts; every list below has their order.
         num_tokens: tokens of each prompt's stored answers.
         token_sums: metric → subject → sums over those tokens.
-        seeds: subject → seeds of its sampled answers; none for stored answers.
-        answer_scores: metric → subject → by prompt, one score per seed, or the mean over the stored answers.
+        prompt_sets: name → scores on these further prompts, of which there are no stored answers.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["tdistill-scores"] = "tdistill-scores"
     version: Literal[1] = 1
     split: str
-    prompt_ids: tuple[str, ...]
     num_tokens: tuple[int, ...]
     token_sums: dict[str, dict[str, tuple[FiniteFloat, ...]]]
-    seeds: dict[str, tuple[int, ...]]
-    answer_scores: dict[str, dict[str, tuple[tuple[FiniteFloat, ...], ...]]]
+    prompt_sets: dict[str, AnswerScores] = Field(default_factory=dict)
 
 
 class Results(BaseModel):

@@ -115,7 +115,9 @@ class _Row:
         return ComparedRow(label=self.label, subject=self.subject, runs=tuple(str(run.folder) for run in self.runs))
 
 
-def compare(addresses: Sequence[str], against: str | None = None, *, pool_seeds: bool = False) -> Comparison:
+def compare(
+    addresses: Sequence[str], against: str | None = None, *, pool_seeds: bool = False, split: str | None = None
+) -> Comparison:
     """Compare all subjects of finished runs.
 
     A value of a metric is that of the shared prompts; its interval, and that of a difference, is between percentiles of
@@ -125,11 +127,13 @@ def compare(addresses: Sequence[str], against: str | None = None, *, pool_seeds:
         addresses: folder of a run, or ``FOLDER:SUBJECT`` for one of its subjects.
         against: baseline of the differences: a label, ``FOLDER:SUBJECT``, or a subject that one run alone has.
         pool_seeds: average runs whose recipes differ in ``phases.*.args.seed``, ``name`` and ``output`` alone.
+        split: name of one of the runs' ``evaluation.prompt_sets``, or None for their held-out prompts.
     Raises:
         DataFileError: a run has no results or no scores, one of them is malformed, or no prompt is shared.
-        ConfigError: unknown or ambiguous subject, a subject named twice, pooled runs of the same training seeds.
+        ConfigError: unknown or ambiguous subject, a subject named twice, pooled runs of the same training seeds, or a
+            run was not measured on the split.
     """
-    rows = _rows(addresses)
+    rows = _rows(addresses, split)
     if pool_seeds:
         rows = _pooled(rows)
     baseline = None if against is None else _find_row(rows, against)
@@ -145,7 +149,7 @@ def compare(addresses: Sequence[str], against: str | None = None, *, pool_seeds:
             best |= {} if best_of_metric is None else {metric: best_of_metric}
     records += [record for row in rows for record in _cost_records(row)]
     return Comparison(
-        split=runs[0].scores.split,
+        split=runs[0].split,
         num_prompts=len(shared),
         against=None if baseline is None else baseline.label,
         rows=tuple(row.compared() for row in rows),
@@ -186,10 +190,11 @@ def _compare_metric(
     return records, Best(label=first.label, not_separable=tuple(ties))
 
 
-def _rows(addresses: Sequence[str]) -> list[_Row]:
+def _rows(addresses: Sequence[str], split: str | None) -> list[_Row]:
     """One row for each subject that is asked for."""
     asked = [_parse(address) for address in addresses]
-    runs = {folder.resolve(): load_scored_run(folder) for folder in dict.fromkeys(folder for folder, _ in asked)}
+    folders = dict.fromkeys(folder for folder, _ in asked)
+    runs = {folder.resolve(): load_scored_run(folder, split) for folder in folders}
     names = [path.name for path in runs]
     rows: dict[tuple[Path, str], _Row] = {}
     for folder, subject in asked:
@@ -284,8 +289,8 @@ def _shared_prompts(runs: Sequence[ScoredRun]) -> list[str]:
     if not common:
         counts = ", ".join(f"{run.folder} has {len(run.scores.prompt_ids)}" for run in runs)
         raise DataFileError(
-            f"The runs share no held-out prompt ({counts}), so nothing can be paired. Compare runs whose data.held_out "
-            "is the same."
+            f"The runs share no prompt of {runs[0].split} ({counts}), so nothing can be paired. Compare runs whose "
+            f"{_file_key(runs[0])} is the same."
         )
     return [prompt_id for prompt_id in runs[0].scores.prompt_ids if prompt_id in common]
 
@@ -320,7 +325,7 @@ def _facts(row: _Row, metric: str) -> dict[str, Any]:
     found = (r for r in run.results.records if (r.metric, r.subject, r.against) == (metric, row.subject, None))
     record = next(found, None)
     unit, higher_is_better = ("", None) if record is None else (record.unit, record.higher_is_better)
-    return {"unit": unit, "higher_is_better": higher_is_better, "split": run.scores.split}
+    return {"unit": unit, "higher_is_better": higher_is_better, "split": run.split}
 
 
 def _separated(interval: Interval) -> bool:
@@ -354,6 +359,26 @@ def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
     more = [f"{run.folder} {len(run.scores.prompt_ids):,}" for run in runs if len(run.scores.prompt_ids) > len(shared)]
     if more:
         notes.append(f"Only the {len(shared):,} prompts that all runs share are compared; of {', '.join(more)}.")
+    if all(run.scores.num_tokens for run in runs):
+        notes += _notes_on_stored(runs, shared)
+    files = dict.fromkeys(str(_file(run)) for run in runs)
+    if len(files) > 1:
+        notes.append(
+            f"Prompts are paired by their ids alone, of different files ({_file_key(runs[0])}): {', '.join(files)}."
+        )
+    if len({run.results.summary.teacher.name for run in runs}) > 1:
+        notes.append("The runs have different teachers: distances are each to its own.")
+    settings = [(run.results.model_extra or {}).get("settings") or {} for run in runs]
+    for key in _SAMPLING:
+        values = dict.fromkeys(str(of.get(key)) for of in settings if key in of)
+        if len(values) > 1:
+            notes.append(f"Answers were sampled with different evaluation.{key}: {', '.join(values)}.")
+    return notes
+
+
+def _notes_on_stored(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
+    """How far the stored answers and action sets of the runs are not the same."""
+    notes = []
     lengths = [dict(zip(run.scores.prompt_ids, run.scores.num_tokens, strict=True)) for run in runs]
     other_lengths = any(length[prompt_id] != lengths[0][prompt_id] for length in lengths for prompt_id in shared)
     if other_lengths or len({_origin_of_answers(run) for run in runs}) > 1:
@@ -368,17 +393,20 @@ def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
                 f"The stored action sets were made with different capture.{key}: {', '.join(values)}. The mass outside "
                 "the set is each outside other sets."
             )
-    files = dict.fromkeys(str((run.recipe.get("data") or {}).get("held_out")) for run in runs)
-    if len(files) > 1:
-        notes.append(f"Prompts are paired by their ids alone, of different files (data.held_out): {', '.join(files)}.")
-    if len({run.results.summary.teacher.name for run in runs}) > 1:
-        notes.append("The runs have different teachers: distances are each to its own.")
-    settings = [(run.results.model_extra or {}).get("settings") or {} for run in runs]
-    for key in _SAMPLING:
-        values = dict.fromkeys(str(of.get(key)) for of in settings if key in of)
-        if len(values) > 1:
-            notes.append(f"Answers were sampled with different evaluation.{key}: {', '.join(values)}.")
     return notes
+
+
+def _file_key(run: ScoredRun) -> str:
+    """What of a recipe names the file of the compared prompts."""
+    return f"evaluation.prompt_sets.{run.split}" if run.split in _prompt_sets(run) else "data.held_out"
+
+
+def _file(run: ScoredRun) -> str | None:
+    return _prompt_sets(run).get(run.split, (run.recipe.get("data") or {}).get("held_out"))
+
+
+def _prompt_sets(run: ScoredRun) -> dict[str, str]:
+    return (run.recipe.get("evaluation") or {}).get("prompt_sets") or {}
 
 
 def _capture(run: ScoredRun) -> dict[str, Any]:

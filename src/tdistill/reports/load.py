@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tdistill.errors import DataFileError
+from tdistill.errors import ConfigError, DataFileError, did_you_mean
 
 _REMEDY = "`tdistill run RECIPE` makes it; the same command goes on with an unfinished run."
 
@@ -147,35 +147,33 @@ class Results(_Frozen):
         return (*(name for name in known if name in measured), *(name for name in measured if name not in known))
 
 
-class Scores(_Frozen):
-    """The content of scores.json: what was measured of each prompt.
+class PromptScores(_Frozen):
+    """What was measured of each prompt of one set.
 
     Attributes:
-        split: name of the prompt set.
         prompt_ids: the prompts; every list below has their order.
-        num_tokens: tokens of each prompt's stored answers.
+        num_tokens: tokens of each prompt's stored answers; empty where none are stored.
         token_sums: metric → subject → sums over those tokens.
         seeds: subject → seeds of its sampled answers; none for stored answers.
         answer_scores: metric → subject → by prompt, one score per seed.
     """
 
-    format: Literal["tdistill-scores"]
-    version: Literal[1]
-    split: str
     prompt_ids: tuple[str, ...] = Field(min_length=1)
-    num_tokens: tuple[int, ...]
-    token_sums: dict[str, dict[str, tuple[float, ...]]]
+    num_tokens: tuple[int, ...] = ()
+    token_sums: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=dict)
     seeds: dict[str, tuple[int, ...]]
     answer_scores: dict[str, dict[str, tuple[tuple[float, ...], ...]]]
 
     @model_validator(mode="after")
-    def _one_entry_per_prompt(self) -> Scores:
-        listed: dict[str, Sequence[Any]] = {"num_tokens": self.num_tokens}
+    def _one_entry_per_prompt(self) -> PromptScores:
+        listed: dict[str, Sequence[Any]] = {"num_tokens": self.num_tokens} if self.num_tokens else {}
         for kind, metrics in (("token_sums", self.token_sums), ("answer_scores", self.answer_scores)):
             listed |= {f"{kind}.{m}.{name}": rows for m, of in metrics.items() for name, rows in of.items()}
         for place, rows in listed.items():
             if len(rows) != len(self.prompt_ids):
                 raise ValueError(f"{place} has {len(rows)} entries for {len(self.prompt_ids)} prompts")
+        if self.token_sums and not self.num_tokens:
+            raise ValueError("token_sums has values, and num_tokens none")
         for metric, of in self.answer_scores.items():
             for name, rows in of.items():
                 if len({len(row) for row in rows}) > 1 or not rows[0]:
@@ -183,6 +181,20 @@ class Scores(_Frozen):
         if len(set(self.prompt_ids)) < len(self.prompt_ids):
             raise ValueError("a prompt is listed twice")
         return self
+
+
+class Scores(PromptScores):
+    """The content of scores.json.
+
+    Attributes:
+        split: name of the held-out set, which the values are of.
+        prompt_sets: name → values of further prompts.
+    """
+
+    format: Literal["tdistill-scores"]
+    version: Literal[1]
+    split: str
+    prompt_sets: dict[str, PromptScores] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,13 +205,15 @@ class ScoredRun:
         folder: where it was read from.
         recipe: content of recipe.yaml.
         results: content of results.json.
-        scores: content of scores.json.
+        split: name of the prompts that are compared.
+        scores: what scores.json has of them.
     """
 
     folder: Path
     recipe: dict[str, Any]
     results: Results
-    scores: Scores
+    split: str
+    scores: PromptScores
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -247,11 +261,15 @@ def load_run(folder: Path) -> RunArtifacts:
     )
 
 
-def load_scored_run(folder: Path) -> ScoredRun:
+def load_scored_run(folder: Path, split: str | None = None) -> ScoredRun:
     """Read recipe.yaml, results.json and scores.json of an evaluated run.
 
+    Args:
+        folder: of the run.
+        split: name of one of its prompt sets, or None for its held-out set.
     Raises:
         DataFileError: a file is missing or malformed; names it, and the verb that makes it.
+        ConfigError: the run was not measured on the split.
     """
     _require_folder(folder)
     results = read_results(folder / "results.json")
@@ -267,9 +285,15 @@ def load_scored_run(folder: Path) -> ScoredRun:
             f"{scores_path} is missing: the run was evaluated by an older version, which kept no values by prompt. "
             f"`tdistill eval {recipe_path} output={folder}` measures again and writes it."
         )
-    return ScoredRun(
-        folder, recipe, results, _validate(Scores, _parse_json(_read_text(scores_path), str(scores_path)), scores_path)
-    )
+    scores = _validate(Scores, _parse_json(_read_text(scores_path), str(scores_path)), scores_path)
+    by_split = {scores.split: scores, **scores.prompt_sets}
+    if split is not None and split not in by_split:
+        raise ConfigError(
+            f"--split {split}: {folder} was measured on {', '.join(by_split)}. evaluation.prompt_sets of its recipe "
+            f"names further prompts.{did_you_mean(split, by_split)}"
+        )
+    split = split or scores.split
+    return ScoredRun(folder, recipe, results, split, by_split[split])
 
 
 def read_results(path: Path) -> Results:
