@@ -27,7 +27,7 @@ from final_tables import paper_section, test_scores, tests_section
 from plan import EXPERIMENTS, missing
 from rows import markdown
 from table import comparison_section
-from tables import cost_figure, experiment_section, not_better_section, screening_section
+from tables import cost_figure, experiment_section, not_better_section, own_answers_section, screening_section
 from variants import VARIANTS
 
 RESULTS = Path("benchmarks/results")
@@ -94,6 +94,7 @@ def page() -> str:
     if made := [runs / f"{name}.json" for name in EXPERIMENTS if (runs / f"{name}.json").is_file()]:
         parts += [screening_section(), *map(experiment_section, made)]
     if (runs / "e1.json").is_file():
+        parts.append(own_answers_section(runs / "e1.json"))
         parts.append(not_better_section(runs / "e1.json"))
     if (runs / "sparsity.json").is_file():
         parts.append(_sparsity(runs / "sparsity.json"))
@@ -127,8 +128,7 @@ def page() -> str:
 
 # What the library measures and no experiment asks for, and why.
 _NOT_PLANNED = (
-    "Not planned: win rates by a judge, as there is none where the experiments run; right answers of E9's students; "
-    "and GKD, MiniLLM and forward KL on the teacher's answers on the test sets, where nothing is known of them."
+    "Not planned: win rates by a judge, as there is none where the experiments run, and right answers of E9's students."
 )
 
 

@@ -202,7 +202,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
         if line.startswith("|")
     ]
     name = f"{modules.plan.OURS}, cost 1"
-    (ours, not_less), (scores, less), (_, far) = (
+    (ours, not_less), (scores, less, over), (_, far, _) = (
         [line for line in lines if line[0] == of] for of in (name, "seqkd, cost 1", "sft on references, cost 1")
     )
     means = [float(ours[i].split()[0].strip("*")) for i in (6, 7, 8)]
@@ -216,6 +216,9 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     below = "sft on references*; forward_kl, references"
     assert [line[-1] for line in (not_less, less, far)] == [below, below, "none"]
     low, high = (float(end.strip("[],")) for end in less[3].split()[1:])
+    # The other way round in the mean.
+    value, *ends = (float(end.strip("[],")) for end in over[1].split())
+    assert value == 0.01 and sorted(ends) == pytest.approx(sorted((-low, -high)), abs=1e-4)
     assert low < -0.01 < high
     short = [line.strip("| ").split(" | ") for line in modules.final_tables.test_scores(path).splitlines()]
     names = ["iq_learn on scored references", "teacher", "seqkd", "forward_kl, references", "sft on references"]
@@ -241,7 +244,10 @@ def test_a_method_at_both_budgets_meets_the_test_sets_under_two_names(modules, m
     assert {method.num_seeds for method in plan.frozen().values()} == {3}
     assert modules.rows.short_name(f"{name} with capture") == "sft on references, cost 1 with capture"
     assert modules.rows.short_name(name) == "sft on references"
-    assert f"{name} with capture" not in {row for row, _, _ in plan.studied()}
+    studied = {row for row, _, _ in plan.studied()}
+    assert name in studied and f"{name} with capture" not in studied
+    monkeypatch.setattr(plan, "TAKEN_LAST", ("sft on references",))
+    assert {row for row, _, _ in plan.studied()} == studied - {name}
 
 
 def test_what_comes_before_the_first_step_is_in_its_time(modules, tmp_path):
@@ -356,7 +362,8 @@ def test_setups_that_differ_in_the_student_alone_share_the_teachers_row_and_its_
 def test_the_papers_figures_stand_beside_ours(modules, tmp_path):
     ours = f"{modules.plan.OURS}, learning rate 0.0003"
     names = (ours, "bellman_distill, learning rate 0.0003", "seqkd, learning rate 0.0003, cost 1")
-    scores = dict(zip(names, (0.2, 0.9, 0.1), strict=True))
+    names = (*names, "seqkd, learning rate 0.0003, cost 1 with capture")  # the paper has one budget
+    scores = dict(zip(names, (0.2, 0.9, 0.1, 0.5), strict=True))
     rows = [
         look(name, 0, test_set, 10, "", [score, score + 0.02])
         for name, score in scores.items()
@@ -489,6 +496,7 @@ def test_right_answers_are_marked_of_screening_prompts_after_solved_training_pro
 def test_each_student_is_compared_at_its_best_top_p(modules, monkeypatch):
     decoding, plan = modules.decoding, modules.plan
     monkeypatch.setattr(plan, "FROZEN", (plan.OURS, "minillm"))
+    monkeypatch.setattr(plan, "TAKEN_LAST", ())
     write_times(plan, 2.0, minillm=8.0)
     ours, other = f"{plan.OURS}, learning rate 0.0003", "minillm, learning rate 5e-05, cost 1"
     scores = {(ours, 0.8): 0.2, (ours, 0.2): 0.3, (ours, 0.01): 0.25, (other, 0.8): 0.1, (other, 0.2): 0.2,

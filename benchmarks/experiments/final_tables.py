@@ -16,6 +16,7 @@ from plan import (
     OURS,
     SET_SKEW,
     STEPS,
+    TAKEN_LAST,
     WITH_CAPTURE,
     asked_s,
     at_cost_one,
@@ -67,6 +68,9 @@ def tests_section(path: Path) -> str:
         ]
     ]
     less += [[row.name, *row.less, row.above] for row in rows]
+    forms = [row for row in rows if method_shown(row.name) in (OURS, *OTHER_FORMS)]
+    over = [["", *(method_shown(form.name) for form in forms)]]
+    over += [[row.name, *(form.over[row.name] for form in forms)] for row in rows if row not in forms]
     parts = [
         "## Test sets, equal cost",
         "",
@@ -79,14 +83,18 @@ def tests_section(path: Path) -> str:
         "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Above: with "
         "an interval of the difference that excludes 0. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
-        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *counted))}, which are float32. ²: see "
-        "the tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time "
+        f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *TAKEN_LAST, *counted))}, which are "
+        "float32. ²: see the tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time "
         f"on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of "
         "the screening prompts.",
         "",
         markdown(scores),
         "",
         markdown(less),
+        "",
+        "The mean of each form of iq_learn less that of the row's method:",
+        "",
+        markdown(over),
         "",
     ]
     return "\n".join(parts)
@@ -126,7 +134,8 @@ def test_scores(path: Path) -> str:
 class _TestRow:
     """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest.
 
-    ``above``: what it is separated above in the mean, and whether on each set too.
+    ``above``: what it is separated above in the mean, and whether on each set too. ``over``: the difference of its
+    mean to that of each method.
     """
 
     name: str
@@ -135,6 +144,7 @@ class _TestRow:
     scores: list[str]
     less: list[str]
     above: str
+    over: dict[str, str]
     share: str
     distinct: str
     size: list[str]
@@ -198,6 +208,7 @@ def _test_rows(path: Path) -> list[_TestRow]:
                 cells[""],
                 cells["+"],
                 "; ".join(method_shown(of) + "*" * all(on) for of, on in above.items() if on[-1]) or "none",
+                {other: with_interval(gap[-1], "+") for other, gap in gaps.items()},
                 share,
                 f"{np.mean(bigrams):.2f}" if bigrams else "–",
                 size or ["–", "–"],
@@ -217,11 +228,12 @@ def paper_section(path: Path, tests: Path) -> str:
     """The paper's figures beside ours, where the test sets were looked at."""
     paper = json.loads(path.read_text())
     rows = looks_complete(json.loads(tests.read_text())["rows"])
+    cost_one = [row for row in rows if not row["method"].endswith(WITH_CAPTURE)]
     lines = [["", *paper["pairs"], "here, 135M to 81M"]]
 
     def here(method: str) -> str:
         scores = [
-            [r["rouge_l"] for r in rows if r["set"] == name and r["method"].startswith(f"{method}, learning")]
+            [r["rouge_l"] for r in cost_one if r["set"] == name and r["method"].startswith(f"{method}, learning")]
             for name in paper["sets"]
         ]
         return " / ".join(f"{100 * np.mean(of):.1f}" for of in scores) if all(scores) else "–"
