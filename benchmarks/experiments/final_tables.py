@@ -84,8 +84,8 @@ def tests_section(path: Path) -> str:
         "an interval of the difference that excludes 0. Bold: the "
         f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
         f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *TAKEN_LAST, *counted))}, which are "
-        "float32. ²: see the tables of the screening prompts. Size and speed are those of the models in float32, one answer at a time "
-        f"on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of "
+        "float32. ²: see the tables of the screening prompts. Size and speed are those of the models in float32, one "
+        f"answer at a time on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of "
         "the screening prompts.",
         "",
         markdown(scores),
