@@ -96,7 +96,7 @@ def section(path: Path) -> str:
     study = _read(path)
     names, smallest = study.names(), min(TOP_PS)
     ours = next((name for name in names if name.startswith(OURS)), None)
-    lines = [["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the default's best",
+    lines = [["", "seeds", *(f"top-p {p:g}" for p in TOP_PS), "best less the sampled form's best",
               f"distinct-2 at {smallest:g}"]]  # fmt: skip
     for name in names:
         scores = [
@@ -116,7 +116,7 @@ def section(path: Path) -> str:
 
 
 def lead(path: Path, other: str) -> str:
-    """The default's lead over another method at the paper's top-p and at the best of each, for the README."""
+    """The sampled form's lead over another method at the paper's top-p and at the best of each, for the README."""
     names = (study := _read(path)).names() if path.is_file() else []
     found = [next((name for name in names if name.startswith(of)), None) for of in (OURS, other)]
     if None in found:

@@ -47,7 +47,7 @@ from tdistill.resampling import Measured, percentile_interval, resample
 
 
 def tests_section(path: Path) -> str:
-    """The section of the test sets: Rouge-L on each, their mean, and paired differences to the default."""
+    """The section of the test sets: Rouge-L on each, their mean, and paired differences to the sampled form."""
     content = json.loads(path.read_text())
     if not (rows := _test_rows(path)):
         return ""
@@ -63,7 +63,7 @@ def tests_section(path: Path) -> str:
     less = [
         [
             "",
-            *(f"{name} less the default's" for name in [*sets, "mean"]),
+            *(f"{name} less the sampled form's" for name in [*sets, "mean"]),
             "above in the mean; *: on each set too",
         ]
     ]
@@ -81,12 +81,12 @@ def tests_section(path: Path) -> str:
         "once; the JSON says when. Intervals: 95 %, bootstrap over prompts, those of each set by themselves, and "
         "training seeds where there are several: over three trainings a rough guide, which does not cover another "
         "start, other training prompts or other answers of the teacher. Differences are paired by prompt. Above: with "
-        "an interval of the difference that excludes 0. Bold: the "
-        f"best student of a column; ≈: not separated from it. Weights in {content['dtype']} for sampling, logits "
+        "an interval of the difference that excludes 0. Bold: the best student of a column; ≈: not separated from it. "
+        f"Weights in {content['dtype']} for sampling, logits "
         f"rounded to it but for those of {'; '.join((SET_SKEW, *OTHER_FORMS, *TAKEN_LAST, *counted))}, which are "
         "float32. ²: see the tables of the screening prompts. Size and speed are those of the models in float32, one "
-        f"answer at a time on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: see the tables of "
-        "the screening prompts.",
+        f"answer at a time on two CPU cores. Equal cost is that of training. {_asked_before()} Needs and distinct-2: "
+        "see the tables of the screening prompts.",
         "",
         markdown(scores),
         "",
@@ -132,7 +132,7 @@ def test_scores(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _TestRow:
-    """Cells of one method: Rouge-L and its difference to the default's, on each set and in the mean, and the rest.
+    """Cells of one method: Rouge-L and its difference to the sampled form's, on each set and in the mean, and the rest.
 
     ``above``: what it is separated above in the mean, and whether on each set too. ``over``: the difference of its
     mean to that of each method.
@@ -151,7 +151,7 @@ class _TestRow:
 
 
 def _test_rows(path: Path) -> list[_TestRow]:
-    """Rows of the table of the test sets; none before the default was looked at on all of them."""
+    """Rows of the table of the test sets; none before the sampled form was looked at on all of them."""
     looks, trained = json.loads(path.read_text())["rows"], by_method(cost_rows(path.with_name("e8.json")))
     rows, sets = looks_complete(looks), list(dict.fromkeys(row["set"] for row in looks))
     if not any(row["method"].startswith(OURS) for row in rows):
@@ -251,9 +251,10 @@ def paper_section(path: Path, tests: Path) -> str:
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
             "Alpaca's. Bellman Distill has no row: it was not taken to the test sets, as with a temporal part it was "
-            'no better by KL than without ("Objectives compared", the real scale of which was measured on 48 prompts '
-            "of DollyEval). The note has the same figures for SFT of GPT-2 and of OPT, perhaps a slip. The last row is "
-            "iq_learn with alpha = inf, in which nothing is temporal, on answers of people that the teacher scored. "
+            "no better by KL than without, on the teacher's answers (\"Objectives compared\", the real scale of which "
+            "was measured on 48 prompts of DollyEval). The paper's figures were not checked against it; those of SFT are "
+            "the same for GPT-2 and OPT, perhaps a slip. The last row is iq_learn with alpha = inf, in which nothing is "
+            "temporal, on answers of people that the teacher scored. "
             "Columns do not compare.",
             "",
             markdown(lines),

@@ -76,14 +76,14 @@ CANDIDATES: dict[str, Method] = {
     },
     "bellman_distill, p 0.8": Method({"objective": CLONING, "p": 0.8, **TOP_P}),
     "bellman_distill, p 0.8, target teacher": Method({"objective": CLONING, "p": 0.8, "off_support_target": "teacher"}),
-    # The default has nothing temporal in it (alpha inf is φ the identity); these have, and the second is its twin.
+    # `iq_learn` by default has nothing temporal in it (alpha inf is φ the identity).
     # The paper's second phase, at a tenth of the learning rate of the others, where it does best at the tiny scale.
     "bellman_distill, as printed": Method(
         {"objective": {**PRINTED, "q_floor": -10.0}, "off_support": "none", "learning_rate": 3e-5}, text=True
     ),
     "skew_kl, set, p 0.8": _on("skew_kl", direction="reverse", source="set", p=0.8, **TOP_P),
 }
-# The same on people's answers, of which the default learns the tokens that the teacher finds likely.
+# The same on people's answers, of which the sampled form learns the tokens that the teacher finds likely.
 ON_REFERENCES = (
     "bellman_distill",
     "bellman_distill, p 0.8",
@@ -117,7 +117,7 @@ CANDIDATES |= {
         "p 0.3, off-support weight 3": {"p": 0.3, "off_support_weight": 3.0},
     }.items()
 }
-# The default objective with what was chosen for it beside the learning rate.
+# The sampled form: the objective with what was chosen for it beside the learning rate.
 OURS = "bellman_distill, sampled, off-support weight 3, references"
 # What came nearest to it on the screening prompts of what is no iq_learn.
 SET_SKEW = "skew_kl, set, p 0.5, off-support weight 3, references"
@@ -143,7 +143,7 @@ _HEAVY = {
     for name in (OURS, BOTH)
 }
 CANDIDATES |= _HEAVY
-# The temporal term on top of the default; γ = 0 is its twin.
+# The temporal term on top of the sampled form; γ = 0 is its twin.
 _TEMPORAL = {gamma: iq(alpha=10.0, gamma=gamma, first_order="sampled") for gamma in (0.99, 0.0)}
 CANDIDATES |= {
     f"{OURS}, alpha 10, gamma {gamma:g}": replace(
@@ -160,7 +160,7 @@ WHOLE = {
 }
 MAIN = (OURS, "sft on references", "seqkd", "forward_kl", "gkd", "minillm")
 ON_OWN_ANSWERS = ("gkd", "minillm")
-# The default objective as it was chosen at first, on the teacher's answers, and then, with the expected first-order
+# The objective as it was chosen at first, on the teacher's answers, and then, with the expected first-order
 # term on people's. Equal cost is what 80 steps of the latter cost.
 FIRST, BUDGET = "bellman_distill", "bellman_distill, off-support weight 3, references"
 TRIED = (OURS, FIRST, BUDGET)
@@ -195,14 +195,14 @@ SHARES = {**dict.fromkeys(("2", "0.25"), CURVES), "0.125": (OURS,), "0.0625": (O
 SEEDED = (*TRIED, "sft on references", "seqkd")
 # Those of them whose rows of equal tokens are those of cost 1.
 COST_ONE = (OURS, BUDGET)
-# What 80 steps of the default paid for in an earlier calibration, in which memory cost more (see ALLOCATOR); of the
-# last, which was searched later, by the present one.
+# What 80 steps of the sampled form paid for in an earlier calibration, in which memory cost more (see ALLOCATOR); of
+# the last, which was searched later, by the present one.
 SEARCH_STEPS = {
     "sft on references": 39, "seqkd": 47, "forward_kl": 32, "gkd": 21, "minillm": 22, "forward_kl, references": 45,
 }  # fmt: skip
 WITH_CAPTURE = "cost 1 with capture"
 NUM_SEEDS = 3
-# Other forms of the default: a second one; the one before it, which has the library's own first-order term; and
+# Other forms of the objective: both terms; the expected one, which is the library's and was chosen before; and
 # the library's objective and weights as they are, on the teacher's answers.
 OTHER_FORMS = (BOTH, BUDGET, FIRST)
 # Main methods that are not among the strongest on the screening prompts.
@@ -214,7 +214,7 @@ FROZEN: tuple[str, ...] = (
     *OTHER_FORMS,
     *TAKEN_LAST,
 )
-# Of these, with the steps that the scores of the default would have paid for too.
+# Of these, with the steps that the scores of the sampled form would have paid for too.
 FROZEN_WITH_CAPTURE = ("sft on references",)
 # Training seeds of the frozen methods' students that are measured further. With seed 0, that of SeqKD went through the
 # start's batches again.
@@ -237,7 +237,7 @@ def at_cost_one(name: str) -> str:
 
 
 def at_cost_one_with_capture(name: str) -> str:
-    """Name of the rows of a method at its chosen rate, where the default's scores of references count."""
+    """Name of the rows of a method at its chosen rate, where the sampled form's scores of references count."""
     return f"{at_rate(name, CHOSEN[name])[0]}, {WITH_CAPTURE}"
 
 
@@ -247,7 +247,7 @@ def chosen(*names: str) -> dict[str, Method]:
 
 
 def ours_with(changes: dict[str, dict[str, Any]]) -> dict[str, Method]:
-    """The default objective on the teacher's answers with other arguments, by the names of these changes."""
+    """The library's default objective on the teacher's answers with other arguments, by the names of these changes."""
     return {
         f"{name}, {change}": replace(method, args={**method.args, **args})
         for name, method in chosen(FIRST).items()
@@ -275,7 +275,7 @@ def times() -> dict[str, Any]:
 
 
 def searched() -> dict[str, Method]:
-    """What a rate was chosen for at each of its rates; the default's are rows of the main table."""
+    """What a rate was chosen for at each of its rates; the sampled form's are rows of the main table."""
     return {
         f"{row}, search": _with_steps(method, SEARCH_STEPS[name])
         for i in range(4)
@@ -288,9 +288,9 @@ def searched() -> dict[str, Method]:
 def at_equal_cost() -> dict[str, Method]:
     """Chosen rates with as many steps as the budget, or a share of it, pays for.
 
-    At cost 1 the main methods and those of the curves have all training seeds; there the default has the rows of the
-    main table. With capture, the default's scores of the references that its steps read are part of the budget; methods
-    with a row of cost 2, which is more, need none. What is not measured or chosen yet is left out.
+    At cost 1 the main methods and those of the curves have all training seeds; there the sampled form has the rows of
+    the main table. With capture, the sampled form's scores of the references that its steps read are part of the
+    budget; methods with a row of cost 2, which is more, need none. What is not measured or chosen yet is left out.
     """
     measured, found = times(), {}
     step_s = measured["step_s"]
@@ -338,7 +338,7 @@ def asked_s(method: Method, measured: dict[str, Any], steps: int) -> float:
 
 
 def frozen() -> dict[str, Method]:
-    """Methods that meet the test sets, by the names of their rows: the default's is one of the main table.
+    """Methods that meet the test sets, by the names of their rows: the sampled form's is one of the main table.
 
     What equal cost is for a method must be measured before it can.
     """
@@ -349,7 +349,7 @@ def frozen() -> dict[str, Method]:
 
 
 def studied() -> list[tuple[str, Method | None, int]]:
-    """Students of cost 1 that are measured further, and what they come from; of the default, its first form."""
+    """Students of cost 1 that are measured further, of iq_learn the sampled form alone, and what they come from."""
     rows = {at_cost_one(name) for name in FROZEN if name not in (*OTHER_FORMS, *TAKEN_LAST)}
     students = [(name, method, seed) for name, method in frozen().items() if name in rows for seed in STUDIED_SEEDS]
     return [("start", None, 0), ("teacher", None, 0), *students]
@@ -385,7 +385,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "e8": Experiment(
         "Equal cost, and what a score costs",
         {BASE: searched() | at_equal_cost()},
-        f"Cost 1 is what 80 steps of `{BUDGET}` cost, and those of the default as measured; costs 2 to 0.0625 are "
+        f"Cost 1 is what 80 steps of `{BUDGET}` cost, and those of the sampled form as measured; costs 2 to 0.0625 are "
         'shares of it. Rows without a cost are those of equal response tokens, "search" those that learning rates were '
         "chosen by.",
     ),

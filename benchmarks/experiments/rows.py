@@ -34,7 +34,7 @@ SAMPLED = {"rouge_l": ("Rouge-L to references", True), "rouge_l_teacher": ("Roug
 TOKENS = {"kl_sum": ("KL(teacher‖student)", False), "nll_sum": ("loss on teacher answers", False)}
 UNTRAINED = ("start", START_OF_TESTS, "teacher")
 _NAMED = METHODS | WHOLE
-# Names in the README, where no row tells a form of the default from another.
+# Names in the README.
 SHOWN = {
     OURS: "iq_learn on scored references",
     SET_SKEW: "reverse skewed KL on scored references",
@@ -48,7 +48,7 @@ Rows = list[dict[str, Any]]
 
 
 def cost_rows(path: Path) -> Rows:
-    """Rows of equal cost with those of the main table: the default's, of others at the chosen rates, the untrained."""
+    """Rows of equal cost, and those of the main table of the sampled form, of others at chosen rates, the untrained."""
     main, own = (json.loads(of.read_text())["rows"] if of.is_file() else [] for of in (path.with_name("e1.json"), path))
     ours = tuple(f"{name}, learning rate" for name in COST_ONE)
     also = {*UNTRAINED, *(at_rate(name, rate)[0] for name, rate in CHOSEN.items())}

@@ -70,7 +70,7 @@ def screening_section() -> str:
         "the teacher. Differences are paired by prompt. Bold: the best of a column among the rows with several "
         "training seeds, where there are two such; ≈: such a row that is not separated from it. ¹: one training seed, "
         "which does not say how far another training would be, so the row is not compared. ²: with training seed 0 the "
-        "batches are those of the start's healing again in their order. The experiments' default and the learning "
+        "batches are those of the start's healing again in their order. The sampled form and the learning "
         "rates were chosen by Rouge-L on these prompts (those of Dolly), so their scores look better here than on "
         "others, and nothing corrects for the number of rows.",
         "",
@@ -180,7 +180,7 @@ def cost_figure(path: Path, with_capture: bool) -> str:
 
 
 def _reach(rows: Rows) -> list[str]:
-    """The default's cheapest row that is separated above all of another method's, beside the dearest of those.
+    """The sampled form's cheapest row that is separated above all of another method's, beside the dearest of those.
 
     Rows with one training are left out: nothing says how far another training would be.
     """
@@ -198,7 +198,7 @@ def _reach(rows: Rows) -> list[str]:
 
     ours = sorted(found.pop(OURS, []), key=lambda row: seconds(methods[row][0]))
     lines = [
-        ["", "costs tried, s", "best Rouge-L", "less the start's", "cost of the default above it, s",
+        ["", "costs tried, s", "best Rouge-L", "less the start's", "cost of the sampled form above it, s",
          "its lead over the other's best row", "the other's dearest row costs, times",
          "with scores of references, times"]
     ]  # fmt: skip
@@ -221,10 +221,12 @@ def _reach(rows: Rows) -> list[str]:
     return [
         "What a score costs, of the rows above at the chosen rates with more than one training. "
         f"Not separated above the start, which costs nothing here: {'; '.join(level) or 'none'}. Of these the ratio "
-        "says that the default passes their best score before they do, not when they would. Beside each method: the "
-        "cheapest row of the default that is separated above every row of it, by how much above its best, and how many "
-        "times its cost the dearest of the method's rows is, none of which has that score. The ratio says how far the "
-        "other method was tried. With scores of references: those that the steps read are added.",
+        "says that the sampled form passes their best score before they do, not when they would. Beside each method: "
+        "the cheapest row of the sampled form that is separated above every row of it, by how much above its best, and "
+        "how many times its cost the dearest of the method's rows is, none of which has that score. The ratio says how "
+        "far the other method was tried. With scores of references: those that the steps read are added. All of this "
+        "is by Rouge-L: by KL the sampled form ends further from the teacher than it began, and forward KL with a "
+        "teacher in memory nearer.",
         "",
         markdown(lines),
         "",
@@ -299,7 +301,7 @@ def _table(rows: Rows, costs: Any = None) -> str:
     ours = _best_of_ours(methods)
     values = {metric: {name: measured(mine, metric) for name, mine in methods.items()} for metric in _METRICS}
     draws = {metric: dict(zip(of, resample(list(of.values()), SEED), strict=True)) for metric, of in values.items()}
-    against = "Rouge-L less that of " + ("the default" if ours and ours.startswith(OURS) else str(ours))
+    against = "Rouge-L less that of " + ("the sampled form" if ours and ours.startswith(OURS) else str(ours))
     extra = COST_HEAD if costs else []
     lines = [["", "seeds", "needs", *extra, *(title for title, _ in _METRICS.values()), against,
               "share of the teacher's Rouge-L", *(title for title, _ in _ANSWERS.values())]]  # fmt: skip
@@ -332,7 +334,7 @@ def _of_answers(rows: Rows, key: str, form: str) -> str:
 
 
 def _best_of_ours(methods: dict[str, Rows]) -> str | None:
-    """The default at equal cost; without it, of the rows of its objective the one with most seeds, then Rouge-L."""
+    """The sampled form at equal cost; else, of the rows of its objective, the one with most seeds, then Rouge-L."""
     if (name := at_cost_one(OURS)) in methods:
         return name
     own = [name for name in methods if name.startswith(OURS)] or [n for n in methods if n.startswith("bellman_distill")]
