@@ -251,10 +251,10 @@ def paper_section(path: Path, tests: Path) -> str:
             "to 6 times; the teacher is a chat model that was not fine-tuned on Dolly; 1,000 training prompts, answers "
             "of at most 64 tokens, minutes of training on two CPU cores at equal cost, the chat template in place of "
             "Alpaca's. Bellman Distill has no row: it was not taken to the test sets, as with a temporal part it was "
-            "no better by KL than without, on the teacher's answers (\"Objectives compared\", the real scale of which "
-            "was measured on 48 prompts of DollyEval). The paper's figures were not checked against it; those of SFT are "
-            "the same for GPT-2 and OPT, perhaps a slip. The last row is iq_learn with alpha = inf, in which nothing is "
-            "temporal, on answers of people that the teacher scored. "
+            'no better by KL than without, on the teacher\'s answers ("Objectives compared", the real scale of which '
+            "was measured on 48 prompts of DollyEval). The paper's figures were not checked against it; those of SFT "
+            "are the same for GPT-2 and OPT, perhaps a slip. The last row is iq_learn with alpha = inf, in which "
+            "nothing is temporal, on answers of people that the teacher scored. "
             "Columns do not compare.",
             "",
             markdown(lines),
