@@ -65,7 +65,7 @@ def test_a_method_whose_step_costs_four_times_as_much_takes_a_quarter_of_the_ste
     write_times(modules.plan, 2.0, minillm=8.0)
     methods = modules.plan.at_equal_cost()
     steps = {name: method.args["max_steps"] for name, method in methods.items()}
-    # Cost 1 of the default is a row of the main table.
+    # Cost 1 of the sampled form is a row of the main table.
     assert steps == {
         "minillm, learning rate 5e-05, cost 1": 20,
         f"{modules.plan.OURS}, learning rate 0.0003, cost 0.25": 20,
@@ -114,11 +114,30 @@ def test_new_times_do_not_pass_old_rows_off_as_equal_cost(modules, monkeypatch):
         plan.missing("e8")
 
 
-def test_no_method_goes_through_the_batches_of_the_start_in_their_order(modules, monkeypatch):
+def load_command() -> Any:
     spec = importlib.util.spec_from_file_location("experiments", ROOT / "benchmarks" / "experiments" / "__main__.py")
     assert spec is not None and spec.loader is not None
     main = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(main)
+    return main
+
+
+def test_the_estimate_is_at_the_pace_of_the_rows_that_are_there(modules):
+    main = load_command()
+    answers = 200 * 2 * 50 / main.GENERATED_PER_S
+    three = 3 * (80 * 512 / main.TRAINED_PER_S + answers)
+    assert main.estimate_s("e6", "^seqkd$") == pytest.approx(three)
+    assert main.estimate_s("e6", "^(seqkd|start)$") == pytest.approx(three + 3 * answers)
+    row = {"setup": "answers-2", "method": "seqkd", "seed": 0, "steps": 80, "seconds": 100.0}
+    (modules.plan.RESULTS / "e6.json").write_text(json.dumps({"rows": [row]}))
+    assert main.estimate_s("e6", "^seqkd$") == 200.0
+    # With the teacher in memory a step is slower, and the student's answers come on top.
+    assert main.estimate_s("e1", "^forward_kl, store$") < main.estimate_s("e1", "^reverse_kl$")
+    assert main.estimate_s("e1", "^reverse_kl$") < main.estimate_s("e1", "^distillm2$")
+
+
+def test_no_method_goes_through_the_batches_of_the_start_in_their_order(modules, monkeypatch):
+    main = load_command()
     setup, seen = SimpleNamespace(second_phase={}, stores={"train": "store"}), []
     monkeypatch.setattr(main.Experiments, "setup", lambda self, what: setup)
     monkeypatch.setattr(main.Experiments, "healed", lambda self, what: None)
@@ -207,7 +226,7 @@ def test_the_table_of_the_test_sets_weighs_sets_equally_and_pairs_prompts(module
     )
     means = [float(ours[i].split()[0].strip("*")) for i in (6, 7, 8)]
     assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
-    # Seed 0 of SeqKD has no order of its own, and the default reads nothing that the start was healed on.
+    # Seed 0 of SeqKD has no order of its own, and the sampled form reads nothing that the start was healed on.
     assert ours[1:6] == ["3", "–", "80", "160", "240"] and scores[1:6] == ["3²", "vocabulary", "95", "95", "95"]
     assert ours[6].startswith("**")  # a student with three trainings, and no other is better
     # Every training and prompt is 0.01 lower; what differs between draws is which trainings are drawn.
@@ -397,7 +416,7 @@ def test_scores_on_teacher_answers_are_the_sums_of_divergences(modules):
 
 
 def test_exposure_bias_of_each_frozen_student_is_measured_once(modules, monkeypatch):
-    # Another form of the default meets the test sets alone.
+    # Another form of iq_learn meets the test sets alone.
     monkeypatch.setattr(modules.plan, "FROZEN", (modules.plan.OURS, modules.plan.BUDGET))
     monkeypatch.setitem(modules.plan.CHOSEN, modules.plan.BUDGET, 3e-4)
     prefixes, random, teacher = modules.prefixes, np.random.default_rng(0), tiny_llama(seed=0)
