@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from plan import (
     BOTH,
+    BOTH_HEAVY,
     BUDGET,
     CHOSEN,
     COST_ONE,
@@ -39,6 +40,7 @@ SHOWN = {
     OURS: "iq_learn on scored references",
     SET_SKEW: "reverse skewed KL on scored references",
     BOTH: "iq_learn, both terms, on scored references",
+    BOTH_HEAVY: "iq_learn, both terms, weight 10, on scored references",
     BUDGET: "iq_learn, expected, on scored references",
     FIRST: "iq_learn, expected, on answers",
     "start": "start, common to all",
