@@ -135,8 +135,8 @@ CANDIDATES[BOTH] = Method(
     {"objective": iq(alpha=INF, first_order="both"), "p": 0.5, "off_support_weight": 3.0, **TOP_P}, references=True
 )
 # A heavier pull towards the set: with weight 10 the expected term, the sampled one and both are not separated from
-# reverse skewed KL by Rouge-L, neither to references nor to the teacher's answers. Of these three, both has the smallest
-# larger deficit to the best row.
+# reverse skewed KL by Rouge-L, neither to references nor to the teacher's answers. Of these three, both has the
+# smallest larger deficit to the best row.
 BOTH_HEAVY = "bellman_distill, both, off-support weight 10, references"
 CANDIDATES |= {
     name.replace("weight 3", "weight 10"): replace(
