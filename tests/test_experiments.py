@@ -364,6 +364,34 @@ def test_what_a_score_costs_is_the_cheapest_row_of_the_default_separated_above_a
     assert [cells()["seqkd"][i] for i in (3, 5, 6)] == ["160", "1.0", "0.7"]
 
 
+def test_the_search_of_gkd_and_minillm_and_what_ends_below_the_start(modules):
+    tables, results = modules.tables, modules.plan.RESULTS
+
+    def row(method: str, score: float, kl: float) -> dict[str, Any]:
+        screening = {"rouge_l": [[score, score + 0.1]], "kl_sum": [2 * kl, 2 * kl], "num_tokens": [2, 2]}
+        return {"method": method, "seed": 0, "steps": 80, "data_seed": 3, "screening": screening}
+
+    gkd, minillm = "gkd, learning rate 0.0001", "minillm, learning rate 5e-05, cost 1"
+    main = [row("start", 0.2, 1.5), row(gkd, 0.1, 1.25), row("reverse_kl", 0.15, 2.0), row("seqkd", 0.25, 1.5)]
+    (results / "e1.json").write_text(json.dumps({"rows": main}))
+    (results / "e8.json").write_text(json.dumps({"rows": [row(minillm, 0.3, 1.75)]}))
+    write_times(modules.plan, 2.0)
+
+    def cells(section: str) -> list[list[str]]:
+        lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+        return [[cell.split(" [")[0] for cell in line] for line in lines[2:]]
+
+    assert cells(tables.own_answers_section(results / "e1.json")) == [
+        [minillm, "1¹", "80", "+0.1000", "+0.2500"],
+        [gkd, "1¹", "80", "-0.1000", "-0.2500"],
+    ]
+    below = cells(tables.not_better_section(results / "e1.json"))
+    assert below == [[gkd, "1¹", "-0.1000"], ["reverse_kl", "1¹", "-0.0500"]]
+    (results / "e8.json").unlink()
+    (results / "e1.json").write_text(json.dumps({"rows": [main[0], main[3]]}))
+    assert tables.own_answers_section(results / "e1.json") == tables.not_better_section(results / "e1.json") == ""
+
+
 def test_setups_that_differ_in_the_student_alone_share_the_teachers_row_and_its_scores(modules):
     from claims import references_of
 
