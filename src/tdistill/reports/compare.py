@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from tdistill.errors import ConfigError, DataFileError, did_you_mean
+from tdistill.reports.compare_notes import file_key, notes_on
 from tdistill.reports.load import Record, Results, ScoredRun, load_scored_run
 from tdistill.reports.tables import COLUMNS
 from tdistill.resampling import Interval, Measured, percentile_interval, resample
@@ -28,10 +29,6 @@ COSTS = ("num_parameters", "weights_bytes", "decode_tokens_per_s", TRAINING_S)
 _SEED = 0
 # Where a recipe gives no seed to a phase, transformers does.
 _DEFAULT_TRAINING_SEED = 42
-# Settings of an evaluation that change what a sampled answer is.
-_SAMPLING = ("max_new_tokens", "temperature", "top_p")
-# Settings of a capture that change the stored action sets, and with them the answers that the teacher samples.
-_SETS = ("p_max", "max_actions", "temperature")
 
 
 class _Frozen(BaseModel):
@@ -155,7 +152,7 @@ def compare(
         rows=tuple(row.compared() for row in rows),
         records=tuple(records),
         best=best,
-        notes=tuple(_notes(runs, shared)),
+        notes=tuple(notes_on(runs, shared)),
     )
 
 
@@ -290,7 +287,7 @@ def _shared_prompts(runs: Sequence[ScoredRun]) -> list[str]:
         counts = ", ".join(f"{run.folder} has {len(run.scores.prompt_ids)}" for run in runs)
         raise DataFileError(
             f"The runs share no prompt of {runs[0].split} ({counts}), so nothing can be paired. Compare runs whose "
-            f"{_file_key(runs[0])} is the same."
+            f"{file_key(runs[0])} is the same."
         )
     return [prompt_id for prompt_id in runs[0].scores.prompt_ids if prompt_id in common]
 
@@ -352,69 +349,3 @@ def _cost(results: Results, cost: str, subject: str) -> Record | None:
     if not chain or any(name not in times for name in chain):
         return None
     return Record(metric=TRAINING_S, subject=subject, value=sum(times[name] for name in chain), unit="s")
-
-
-def _notes(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
-    notes = []
-    more = [f"{run.folder} {len(run.scores.prompt_ids):,}" for run in runs if len(run.scores.prompt_ids) > len(shared)]
-    if more:
-        notes.append(f"Only the {len(shared):,} prompts that all runs share are compared; of {', '.join(more)}.")
-    if all(run.scores.num_tokens for run in runs):
-        notes += _notes_on_stored(runs, shared)
-    files = dict.fromkeys(str(_file(run)) for run in runs)
-    if len(files) > 1:
-        notes.append(
-            f"Prompts are paired by their ids alone, of different files ({_file_key(runs[0])}): {', '.join(files)}."
-        )
-    if len({run.results.summary.teacher.name for run in runs}) > 1:
-        notes.append("The runs have different teachers: distances are each to its own.")
-    settings = [(run.results.model_extra or {}).get("settings") or {} for run in runs]
-    for key in _SAMPLING:
-        values = dict.fromkeys(str(of.get(key)) for of in settings if key in of)
-        if len(values) > 1:
-            notes.append(f"Answers were sampled with different evaluation.{key}: {', '.join(values)}.")
-    return notes
-
-
-def _notes_on_stored(runs: Sequence[ScoredRun], shared: Sequence[str]) -> list[str]:
-    """How far the stored answers and action sets of the runs are not the same."""
-    notes = []
-    lengths = [dict(zip(run.scores.prompt_ids, run.scores.num_tokens, strict=True)) for run in runs]
-    other_lengths = any(length[prompt_id] != lengths[0][prompt_id] for length in lengths for prompt_id in shared)
-    if other_lengths or len({_origin_of_answers(run) for run in runs}) > 1:
-        notes.append(
-            "The runs were measured on different stored answers to the same prompts, so differences per token include "
-            "that of the answers."
-        )
-    for key in _SETS:
-        values = dict.fromkeys(json.dumps(_capture(run).get(key)) for run in runs if key in _capture(run))
-        if len(values) > 1:
-            notes.append(
-                f"The stored action sets were made with different capture.{key}: {', '.join(values)}. The mass outside "
-                "the set is each outside other sets."
-            )
-    return notes
-
-
-def _file_key(run: ScoredRun) -> str:
-    """What of a recipe names the file of the compared prompts."""
-    return f"evaluation.prompt_sets.{run.split}" if run.split in _prompt_sets(run) else "data.held_out"
-
-
-def _file(run: ScoredRun) -> str | None:
-    return _prompt_sets(run).get(run.split, (run.recipe.get("data") or {}).get("held_out"))
-
-
-def _prompt_sets(run: ScoredRun) -> dict[str, str]:
-    return (run.recipe.get("evaluation") or {}).get("prompt_sets") or {}
-
-
-def _capture(run: ScoredRun) -> dict[str, Any]:
-    return run.recipe.get("capture") or {}
-
-
-def _origin_of_answers(run: ScoredRun) -> str:
-    """What decides the stored answers beside prompts and teacher: nothing where they were given."""
-    capture = _capture(run)
-    keys = ("mode",) if capture.get("mode") == "score" else ("mode", *_SETS, "seed")
-    return json.dumps([capture.get(key) for key in keys])
