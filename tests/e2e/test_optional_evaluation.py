@@ -59,7 +59,7 @@ def test_what_a_recipe_asks_for_is_measured_and_reported(
     compared = tdistill("compare", tmp_path / "run", "--split", "echo", "--against", "start")
     assert compared.code == 0 and "echo split; 3 prompts" in compared.out and "run:sft" in compared.out
     refused = tdistill("compare", tmp_path / "run", "--split", "eco")
-    assert refused.code == 2 and "was measured on held_out, echo" in refused.err and "'echo'" in refused.err
+    assert refused.code == 2 and "was not measured on it" in refused.err and "'echo'" in refused.err
     raw = strict_json((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert [curve["subject"] for curve in raw["exposure"]] == ["start", "sft"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -289,8 +289,8 @@ def load_scored_run(folder: Path, split: str | None = None) -> ScoredRun:
     by_split = {scores.split: scores, **scores.prompt_sets}
     if split is not None and split not in by_split:
         raise ConfigError(
-            f"--split {split}: {folder} was measured on {', '.join(by_split)}. evaluation.prompt_sets of its recipe "
-            f"names further prompts.{did_you_mean(split, by_split)}"
+            f"--split {split}: {folder} was not measured on it; evaluation.prompt_sets of a recipe names further "
+            f"prompts.{did_you_mean(split, by_split)}"
         )
     split = split or scores.split
     return ScoredRun(folder, recipe, results, split, by_split[split])
