@@ -59,8 +59,9 @@ The questions, and where they are answered:
 *The sampled form* is `bellman_distill, sampled, off-support weight 3, references`: `iq_learn` with α = ∞, the sampled
 first-order term, p = 0.5 and an off-support weight of 3 on people's answers that the teacher scored. Nothing in it is
 temporal, and it is not the library's default, which has the expected first-order term, weight 1 and the p of its store,
-0.8 unless the capture says otherwise. Other forms, with `both` terms and with the expected one, were taken to the test
-sets after it, and so was `bellman_distill, cost 1`: the library's default but for p = 0.5, on the teacher's answers.
+0.8 unless the capture says otherwise. Other forms, with `both` terms (at weight 10 too) and with the expected one, were
+taken to the test sets after it, and so was `bellman_distill, cost 1`: the library's default but for p = 0.5, on the
+teacher's answers.
 None of these is the paper's method: that is `bellman_distill, as printed`. Names of rows:
 
 - `bellman_distill`: `iq_learn` with α = ∞, at p = 0.5 unless the name has another, with the expected first-order term

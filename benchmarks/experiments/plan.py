@@ -197,8 +197,8 @@ SHARES = {**dict.fromkeys(("2", "0.25"), CURVES), "0.125": (OURS,), "0.0625": (O
 SEEDED = (*TRIED, "sft on references", "seqkd")
 # Those of them whose rows of equal tokens are those of cost 1.
 COST_ONE = (OURS, BUDGET)
-# What 80 steps of the sampled form paid for in an earlier calibration, in which memory cost more (see ALLOCATOR); of
-# the last, which was searched later, by the present one.
+# What cost 1 paid for in an earlier calibration, in which memory cost more (see ALLOCATOR); of the last, which was
+# searched later, by the present one.
 SEARCH_STEPS = {
     "sft on references": 39, "seqkd": 47, "forward_kl": 32, "gkd": 21, "minillm": 22, "forward_kl, references": 45,
 }  # fmt: skip

@@ -263,9 +263,9 @@ def own_answers_section(main: Path) -> str:
         for name, gap in sorted(score.items(), key=lambda item: -(item[1].value or 0.0))
     ]
     return (
-        "## GKD and MiniLLM: the search\n\nEvery row that either has in this page, from the main table and from equal "
-        "cost: learning rates, budgets and, for MiniLLM, the paper's plain text. GKD has β = 0.5 and half of its "
-        "batches from the student's answers, MiniLLM the paper's mixture and clipping; these were not searched. "
+        "## GKD and MiniLLM: the search\n\nEvery row of the two in the main table and at equal cost: learning rates, "
+        "budgets and, for MiniLLM, the paper's plain text. GKD has β = 0.5 and half of its batches from the student's "
+        "answers, MiniLLM the paper's mixture and clipping; these were not searched. "
         f"Paired differences to the common start, screening prompts.\n\n{markdown(lines)}\n"
     )
 
